@@ -261,7 +261,7 @@ def make_env(args, film=None):
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
     if film and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    env = gym.make(args.env_id, render_mode="rgb_array" if film else None)
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
     if env.spec.max_episode_steps is None:  # an evaluation must end; this is Atari's limit
@@ -301,7 +301,8 @@ class Run:
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
         self.write("config.json", config | {"versions": {"python": sys.version.split()[0]} | versions})
         self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
-        if 0 < args.checkpoint_every < (least := 10 * args.num_envs * self.eval_env.spec.max_episode_steps):
+        least = 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0)
+        if 0 < args.checkpoint_every < least:
             print(f"warning: a checkpoint cuts the episodes under way: let --checkpoint-every be {least} or more")
         self.mirror = lambda row: None
         if args.track == "tensorboard":
@@ -401,7 +402,7 @@ class Run:
         for i in ended:
             true_obs[i] = info["final_obs"][i]
         if not np.isfinite(np.column_stack((true_obs, reward))).all():
-            sys.exit(f"error: a reward or an observation of {self.args.env_id} is not finite at step {self.step}")
+            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
         for i in ended:
             episode = info["final_info"]["episode"]
             self.log({"episode/return": episode["r"][i], "episode/length": episode["l"][i]})

@@ -1,0 +1,59 @@
+"""What the tests share: the files of algos/ as modules, and a way to run one of them as a user does, in a process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGOS = sorted((ROOT / "algos").glob("*.py"))
+
+# Flags that make a run of 600 steps take a second after the imports, and an environment that the algorithm can act in.
+SMALL = {
+    "sac": "--env-id Pendulum-v1 --learning-starts 200 --hidden 16 16 --batch-size 16 --buffer-size 5000",
+}
+
+
+def load(path):
+    """Import a file of algos/ or scripts/ by its path, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=ALGOS, ids=lambda path: path.stem)
+def path(request):
+    """Each file of algos/ in turn."""
+    return request.param
+
+
+@pytest.fixture
+def sac():
+    return load(ROOT / "algos" / "sac.py")
+
+
+def command(path, *flags):
+    """The command line of a small run on one thread; later flags win over earlier ones."""
+    small = [*SMALL[path.stem].split(), "--total-timesteps", "600", "--eval-every", "200", "--eval-episodes", "2"]
+    typed = [str(flag) for flag in flags]
+    if "--resume" in typed:
+        small = []
+    return [sys.executable, str(path), *small, "--checkpoint-every", "200", "--threads", "1", *typed]
+
+
+def run(path, *flags, cwd=None, env=None):
+    """Run it to its end; returns the finished process with its output as text."""
+    env = {**os.environ, "SDL_VIDEODRIVER": "dummy", **(env or {})}
+    return subprocess.run(command(path, *flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def rows(run_dir):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "wall" and not k.startswith("speed/")} for row in lines]

@@ -1,0 +1,272 @@
+"""Bad input and bad luck: one clear sentence, an exit status that is not zero, and nothing lost that was saved.
+
+What begins a run happens in a process of its own, as it does for a user.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ALGOS, ROOT, SMALL, command, load, rows, run
+
+TESTS = {"PYTHONPATH": str(ROOT / "tests")}  # where the module of probes:probe/... lies
+
+
+def refused(process, *words):
+    """Ended with a sentence that has these words, no traceback, and a status other than zero."""
+    said = process.stdout + process.stderr
+    assert process.returncode not in (0, -signal.SIGSEGV), said
+    assert "Traceback" not in said, said
+    for word in words:
+        assert word.lower() in said.lower(), f"{word!r} is not in: {said}"
+
+
+def refused_here(path, tmp_path, monkeypatch, capsys, flags, words):
+    """The same without a process of its own, for cases that end before anything runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command(path, *flags.split())[1:])
+    with pytest.raises(SystemExit) as stop:
+        load(path).main()
+    said = f"{stop.value.code}\n{''.join(capsys.readouterr())}"
+    assert stop.value.code not in (None, 0) and len(said.splitlines()) < 20
+    for word in words:
+        assert word.lower() in " ".join(said.lower().split()), f"{word!r} is not in: {said}"
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--env-id Pendulumm-v1", ["Pendulum", "doesn't exist", "did you mean"]),
+        ("--env-id nowhere:Env-v0", ["nowhere"]),
+        ("--env-id probes:probe/Image-v0", ["one dimension", "Box(0, 255"]),
+        ("--env-id probes:probe/Dict-v0", ["one dimension", "Dict"]),
+        ("--device nonsense", ["--device", "nonsense"]),
+        ("--num-envs 0", ["--num-envs", "above 0"]),
+        ("--total-timesteps -5", ["--total-timesteps", "above 0"]),
+        ("--eval-episodes 0", ["--eval-episodes", "above 0"]),
+        ("--eval-every -1", ["--eval-every", "0 or more"]),
+        ("--seed -1", ["--seed", "0 or more"]),
+        ("--threads 0", ["--threads", "above 0"]),
+        ("--gamma 1.5", ["--gamma", "0 to 1"]),
+        ("--gamma nan", ["--gamma", "0 to 1"]),
+        ("--hidden 16 0", ["--hidden", "above 0"]),
+        ("--no-such-flag 1", ["no-such-flag"]),
+        ("--resume", ["--resume", "--run-dir"]),
+    ],
+    ids=lambda value: value.replace("--", "").replace(" ", "=") if isinstance(value, str) else "",
+)
+def test_bad_flags(path, tmp_path, monkeypatch, capsys, flags, words):
+    refused_here(path, tmp_path, monkeypatch, capsys, flags, words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--env-id CartPole-v1", ["flat Box of actions", "Discrete(2)"]),
+        ("--env-id probes:probe/Unbounded-v0", ["bounded", "inf"]),
+        ("--env-id probes:probe/HalfBounded-v0", ["bounded", "inf"]),
+        ("--env-id probes:probe/Matrix-v0", ["flat Box of actions", "(2, 2)"]),
+        ("--batch-size 0", ["--batch-size", "above 0"]),
+        ("--buffer-size 0", ["--buffer-size", "above 0"]),
+        ("--utd 0", ["--utd", "above 0"]),
+        ("--q-lr -1e-3", ["--q-lr", "above 0"]),
+        ("--policy-lr nan", ["--policy-lr", "above 0"]),
+        ("--alpha 0", ["--alpha", "above 0"]),
+        ("--tau 2", ["--tau", "0 to 1"]),
+    ],
+    ids=lambda value: value.replace("--", "").replace(" ", "=") if isinstance(value, str) else "",
+)
+def test_bad_flags_of_sac(tmp_path, monkeypatch, capsys, flags, words):
+    refused_here(ROOT / "algos" / "sac.py", tmp_path, monkeypatch, capsys, flags, words)
+
+
+@pytest.mark.parametrize("what", ["Reward", "Observation"])
+def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_path, what):
+    process = run(path, "--env-id", f"probes:probe/Bad{what}-v0", "--run-dir", tmp_path / "run", env=TESTS)
+    refused(process, "not finite", "step 301", "reward or observation")
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["run"][0] == 200
+    assert all(value.isfinite().all() for value in state["agent"].values())
+
+
+def test_a_loss_that_diverges_stops_the_run(path, tmp_path):
+    flags = ["--q-lr", "1e30", "--total-timesteps", "2000", "--checkpoint-every", "5000"]
+    refused(run(path, *flags, "--run-dir", tmp_path / "run"), "not finite", "learning rates")
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in line and "Infinity" not in line
+
+
+@pytest.fixture(scope="module", params=ALGOS, ids=lambda path: path.stem)
+def finished(request, tmp_path_factory):
+    """A finished run, and the file that made it. Copy it before you break it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    process = run(request.param, "--run-dir", folder)
+    assert process.returncode == 0, process.stderr
+    return request.param, folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return finished[0], shutil.copytree(finished[1], tmp_path / "run")
+
+
+def test_the_run_folder_holds_what_is_promised(finished):
+    path, folder = finished
+    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "policy.pt", "result.json"}
+    assert {file.name for file in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["algo"] == path.stem and {"args", "command", "versions", "commit"} <= set(config)
+    assert {"python", "torch", "gymnasium", "mujoco"} == set(config["versions"])
+    result = json.loads((folder / "result.json").read_text())
+    assert result["step"] == 600 and result["eval/best"] >= result["eval/return"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(list(line)[:2] == ["step", "wall"] for line in lines)
+    assert [line["step"] for line in lines if "eval/return" in line] == [200, 400, 600]
+    for file in ("checkpoint.pt", "policy.pt"):
+        torch.load(folder / file, weights_only=True)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(copied):
+    path, folder = copied
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    refused(run(path, "--run-dir", folder), "--resume", "another --run-dir")
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(copied):
+    path, folder = copied
+    before = rows(folder), (folder / "result.json").read_text()
+    process = run(path, "--resume", "--run-dir", folder)
+    assert process.returncode == 0 and "600 of 600" in process.stderr
+    assert before == (rows(folder), (folder / "result.json").read_text())
+
+
+def test_resuming_takes_the_flags_of_the_run_and_those_typed(copied):
+    path, folder = copied
+    process = run(path, "--resume", "--run-dir", folder, "--total-timesteps", "800", "--eval-every", "400")
+    assert process.returncode == 0, process.stderr
+    args = json.loads((folder / "config.json").read_text())["args"]
+    assert args["env_id"] == "Pendulum-v1" and args["total_timesteps"] == 800 and args["hidden"] == [16, 16]
+    assert json.loads((folder / "result.json").read_text())["step"] == 800
+
+
+@pytest.mark.parametrize("flag, value", [("--gamma", 0.5), ("--seed", 7), ("--num-envs", 2), ("--env-id", "Hopper-v4")])
+def test_resuming_with_another_flag_is_refused_by_its_name(copied, flag, value):
+    path, folder = copied
+    refused(run(path, "--resume", "--run-dir", folder, flag, value), flag.strip("-").replace("-", "_"), "begun with")
+
+
+def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
+    process = subprocess.run(
+        [*command(path, "--run-dir", tmp_path / "new"), "--resume"], capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0 and (tmp_path / "new" / "result.json").exists(), process.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "poisoned"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
+    path, folder = copied
+    undisturbed = rows(folder)
+    file = folder / "checkpoint.pt"
+    if damage == "poisoned":
+
+        class Poison:
+            def __reduce__(self):
+                return os.mkdir, (str(folder / "poisoned"),)
+
+        torch.save({"agent": Poison()}, file)
+    else:
+        file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
+    process = run(path, "--resume", "--run-dir", folder)
+    assert process.returncode == 0 and "checkpoint.pt is damaged" in process.stderr, process.stderr
+    assert not (folder / "poisoned").exists()
+    assert "400 of 600" in process.stderr and rows(folder) == undisturbed
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0] == 600
+
+
+def test_two_damaged_checkpoints_are_an_error_and_stay(copied):
+    path, folder = copied
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (folder / name).write_bytes(b"nothing")
+    before = (folder / "metrics.jsonl").read_bytes()
+    refused(run(path, "--resume", "--run-dir", folder), "no checkpoint", "can be read")
+    assert (folder / "checkpoint.pt").read_bytes() == b"nothing" and (folder / "metrics.jsonl").read_bytes() == before
+
+
+def begin(path, folder, *flags):
+    """Start a long run in the background and wait until its first checkpoint is there."""
+    flags = ["--total-timesteps", "1000000", "--run-dir", folder, *flags]
+    process = subprocess.Popen(
+        command(path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "policy.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
+def test_a_second_writer_is_refused(path, tmp_path):
+    first = begin(path, tmp_path / "run")
+    try:
+        refused(run(path, "--resume", "--run-dir", tmp_path / "run"), "another process")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_ctrl_c_saves_and_prints_how_to_go_on(path, tmp_path):
+    folder = tmp_path / "run"
+    process = begin(path, folder)
+    process.send_signal(signal.SIGINT)
+    said = "".join(process.communicate(timeout=60))
+    assert process.returncode != 0 and "Traceback" not in said
+    assert f"--resume --run-dir {folder}" in said and "differ" in said
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0]
+    assert f"step {step}" in said
+    again = run(path, "--resume", "--run-dir", folder, "--total-timesteps", step + 400)
+    assert again.returncode == 0 and json.loads((folder / "result.json").read_text())["step"] == step + 400
+
+
+def test_sigterm_stops_without_saving(path, tmp_path):
+    process = begin(path, tmp_path / "run")
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["run"][0] % 200 == 0
+
+
+def test_a_full_disk_is_said_and_what_was_saved_goes_on(copied):
+    """A limit on the size of a file makes write() fail as a full disk does."""
+    path, folder = copied
+    size = (folder / "checkpoint.pt").stat().st_size + 2000  # room for no row more than a few
+    flags = ["--resume", "--run-dir", folder, "--total-timesteps", "1000", "--eval-every", "0"]
+    process = subprocess.run(
+        command(path, *flags),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    refused(process, "cannot write", "checkpoint.pt", "--resume")
+    assert not list(folder.glob("*.new"))
+    again = run(path, *flags)
+    assert again.returncode == 0 and "600 of 1000" in again.stderr, again.stderr
+    assert json.loads((folder / "result.json").read_text())["step"] == 1000
+
+
+def test_a_folder_that_cannot_be_made(path, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(path, "--run-dir", tmp_path / "file" / "run"), "not a directory")
+
+
+def test_every_algorithm_has_a_small_run():
+    assert set(SMALL) == {path.stem for path in ALGOS}

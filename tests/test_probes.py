@@ -1,0 +1,141 @@
+"""Environments whose right values are known on paper, through the real `train`.
+
+Each value is what the algorithm must reach within 10 %, and what the well-known mistakes reach lies further off.
+"""
+
+import numpy as np
+import probes  # noqa: F401  (registers the environments)
+import pytest
+import torch
+from conftest import ALGOS, load
+
+FAST = {
+    "sac": {
+        "hidden": (32, 32),
+        "policy_lr": 3e-3,
+        "q_lr": 3e-3,
+        "batch_size": 64,
+        "tau": 0.05,
+        "alpha": 1e-3,
+        "autotune": False,
+        "learning_starts": 200,
+        "buffer_size": 2000,
+    }
+}
+
+
+class Trained:
+    """A finished run: its critic and its policy."""
+
+    def __init__(self, path, run_dir, env, gamma, steps=1200, **flags):
+        self.module = load(path)
+        flags = {**FAST[path.stem], "gamma": gamma, "total_timesteps": steps, "threads": 1, "eval_every": 0, **flags}
+        self.args = self.module.Args(env_id=f"probe/{env}-v0", run_dir=str(run_dir), device="cpu", **flags)
+        self.result = self.module.train(self.args)
+        self.state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        self.policy = self.module.load_policy(run_dir)
+        init = torch.load(run_dir / "policy.pt", weights_only=True)["init"]
+        self.agent = self.module.Agent(self.args, init["obs_dim"], init["low"], init["high"], torch.device("cpu"))
+        self.agent.load_state_dict(self.state["agent"])
+
+    def value(self, *obs):
+        """The critic's value of `obs` under the greedy action, the mean of its K heads."""
+        obs = torch.tensor([obs], dtype=torch.float32)
+        action = torch.from_numpy(self.policy(obs.numpy()))
+        return self.module.q_values(self.agent.critics, obs, action).mean().item()
+
+
+@pytest.fixture(params=ALGOS, ids=lambda path: path.stem)
+def trained(request, tmp_path):
+    return lambda env, gamma=0.9, **flags: Trained(request.param, tmp_path / env, env, gamma, **flags)
+
+
+def test_constant_reward(trained):
+    assert trained("Constant").value(0, 1) == pytest.approx(1, rel=0.1)
+
+
+def test_reward_that_depends_on_the_observation(trained):
+    run = trained("Observed")
+    assert run.value(0, 1) == pytest.approx(1, rel=0.1)
+    assert run.value(0, -1) == pytest.approx(-1, rel=0.1)
+
+
+def test_reward_that_comes_later(trained):
+    run = trained("Delayed", gamma=0.5)
+    assert run.value(0, 1) == pytest.approx(0.5, rel=0.1)
+    assert run.value(0.5, 1) == pytest.approx(1, rel=0.1)
+
+
+def test_reward_that_depends_on_the_action(trained):
+    run = trained("Acted")
+    assert run.policy(np.array([0.0, 1.0]))[0] == pytest.approx(0.5, abs=0.1)
+    assert run.value(0, 1) == pytest.approx(1, rel=0.1)
+
+
+def test_a_wider_box_of_actions(trained):
+    run = trained("Wide", steps=1500)
+    assert run.policy(np.array([0.0, 1.0]))[0] == pytest.approx(2, rel=0.1)
+
+
+def test_a_time_limit_is_not_an_end(trained):
+    """Reward 1 for ever is worth 1 / (1 - 0.9) = 10; taken for an end, the limit of 5 steps leaves 4.1."""
+    assert trained("Cut", steps=2500).value(0, 0) == pytest.approx(10, rel=0.1)
+
+
+@pytest.mark.parametrize("env", ["Ended", "Both"])
+def test_an_end_is_an_end(trained, env):
+    run = trained(env)
+    assert run.value(0, 1) == pytest.approx((1 - 0.9**5) / (1 - 0.9), rel=0.1)
+    assert run.value(0.8, 1) == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("path", [path for path in ALGOS if path.stem == "sac"], ids=["sac"])
+def test_entropy_is_worth_nothing_after_the_end(path, tmp_path):
+    """At temperature 1 over episodes of one step, Q is the reward; with the entropy outside of (1 - d) it is not."""
+    run = Trained(path, tmp_path, "Constant", gamma=0.9, alpha=1.0)
+    assert run.value(0, 1) == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("target", [1.0, -1.0])
+@pytest.mark.parametrize("path", [path for path in ALGOS if path.stem == "sac"], ids=["sac"])
+def test_the_temperature_finds_the_target_entropy(path, tmp_path, target):
+    """In the units of the box [-3, 3], whose uniform density has log 6 = 1.79 nats."""
+    run = Trained(path, tmp_path, "Wide", gamma=0.9, autotune=True, alpha=0.2, target_entropy=target, steps=2000)
+    log_prob = run.agent.actor(torch.tensor([[0.0, 1.0]]).expand(4096, 2))[1]
+    assert -log_prob.mean().item() == pytest.approx(target, abs=0.15)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("env", ["Marker", "Reused"])
+@pytest.mark.parametrize("path", [path for path in ALGOS if path.stem == "sac"], ids=["sac"])
+def test_the_memory_holds_what_happened(path, tmp_path, env, num_envs):
+    """Rows (s, a, r, d, s'): s' is one step after s in the same episode, at cuts and around the end of the ring too."""
+    flags = {"buffer_size": 150, "num_envs": num_envs, "learning_starts": 100, "checkpoint_every": 200}
+    run = Trained(path, tmp_path, env, gamma=0.9, steps=400, **flags)
+    rows = run.state["memory"]
+    assert len(rows) == 150
+    marker, time, action, reward, terminated, next_marker, next_time = rows.T
+    assert not next_marker.any() and marker.any()
+    assert torch.equal(next_time, time + 1) and set(time.tolist()) == set(range(7))
+    assert (reward == 1).all() and not terminated.any() and (action.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("utd", [0.25, 1.0, 2.0])
+@pytest.mark.parametrize("path", [path for path in ALGOS if path.stem == "sac"], ids=["sac"])
+def test_gradient_steps_per_environment_step(path, tmp_path, utd, num_envs):
+    run = Trained(path, tmp_path, "Constant", gamma=0.9, utd=utd, num_envs=num_envs, steps=301, learning_starts=99)
+    steps = run.result["step"]
+    assert steps == (301 if num_envs == 1 else 303)  # the last round is whole
+    taken = run.state["critic_optimizer"]["state"][0]["step"].item()
+    assert taken == int(utd * (steps - 99))
+
+
+@pytest.mark.parametrize("path", [path for path in ALGOS if path.stem == "sac"], ids=["sac"])
+def test_actions_before_learning_are_uniform_in_the_box(path, tmp_path):
+    run = Trained(path, tmp_path, "Wide", gamma=0.9, steps=2000, learning_starts=2000)
+    actions = run.state["memory"][:, 2]
+    assert actions.min() > -3 and actions.max() < 3
+    counts = torch.histc(actions, 6, -3, 3)
+    assert ((counts - 2000 / 6).abs() < 5 * (2000 / 6) ** 0.5).all()
+    assert not run.state["critic_optimizer"]["state"]  # nothing was learnt
