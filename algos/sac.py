@@ -13,7 +13,7 @@ Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", https://a
     for each environment step:
         a ~ pi(. | s), but uniform in the action box for the first `learning_starts` steps
         step the environment and store (s, a, r, d, s') in D: d is 1 where it terminated, 0 where time cut it short
-        `utd` times, on a batch of D:
+        after these, `utd` times, on a batch of D:
             y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a' | s')),   a' ~ pi(. | s')                (1)
             Q_i descends                  sum_i mean 1/2 (Q_i(s, a) - y)^2                                       (2)
             a~ = low + (high - low) (1 + tanh u) / 2,   u = mean(s) + std(s) noise,   noise ~ N(0, 1)            (3)
@@ -156,7 +156,7 @@ class Actor(nn.Module):
 def squash(mean, log_std, noise, low, high):
     """(3), (4): mean, log_std, noise [..., A], bounds [A] -> action [..., A], log-probability [...]."""
     u = mean + log_std.exp() * noise
-    action = torch.lerp(low, high, (1 + u.tanh()) / 2)  # never a rounding error outside of the box
+    action = torch.lerp(low, high, (1 + u.tanh()) / 2)  # never a rounding error of float32 outside of the box
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_slope = ((high - low) / 2).log() + 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
     return action, (log_normal - log_slope).sum(-1)
@@ -203,7 +203,7 @@ class Agent(nn.Module):
         self.targets.load_state_dict(self.critics.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.to(device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
         self.critic_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.policy_lr)
@@ -225,7 +225,6 @@ class Agent(nn.Module):
         descend(self.actor_optimizer, loss_pi)  # (5)
         metrics = {"loss/critic": loss_q, "loss/actor": loss_pi, "value/mean": q.mean(), "policy/alpha": alpha}
         metrics |= {"policy/entropy": -log_prob.mean(), "policy/std": std.mean()}
-
         if self.args.autotune:
             metrics["loss/alpha"] = alpha_loss(self.log_alpha, log_prob, self.target_entropy)
             descend(self.alpha_optimizer, metrics["loss/alpha"])  # (6)
@@ -239,7 +238,7 @@ def start(args, above_0, at_least_0, at_most_1):
     """Check the flags that are numbers, given by name, set threads and seed, and return the device."""
     above_0 += " total_timesteps num_envs threads eval_episodes"
     at_least_0 += " seed eval_every checkpoint_every"
-    rules = (above_0, 1e-300, math.inf, "above 0"), (at_least_0, 0, math.inf, "0 or more"), (at_most_1, 0, 1, "0 to 1")
+    rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
     for names, least, most, rule in rules:
         if bad := [n for n in names.split() if not all(least <= x <= most for x in np.atleast_1d(getattr(args, n)))]:
             sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
@@ -250,13 +249,14 @@ def start(args, above_0, at_least_0, at_most_1):
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
+    device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     return device
 
 
 def make_env(args, film=None):
-    """One environment, its observations copied to float32 [O]; evaluations are filmed into the folder `film`."""
+    """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
     if film and sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -264,12 +264,11 @@ def make_env(args, film=None):
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
-    if env.spec.max_episode_steps is None:  # an evaluation must end; this is Atari's limit
-        env = gym.wrappers.TimeLimit(env, 27_000)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
     if film:
         env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode % args.eval_episodes == 0)
-    box = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape)
-    env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), box)
+    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -289,7 +288,7 @@ class Run:
         except OSError:
             sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
         flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
-        if path.exists() and not args.resume:
+        if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
             sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
         saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
         saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
@@ -299,42 +298,44 @@ class Run:
         versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        self.write("config.json", config | {"versions": {"python": sys.version.split()[0]} | versions})
         self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
-        least = 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0)
-        if 0 < args.checkpoint_every < least:
-            print(f"warning: a checkpoint cuts the episodes under way: let --checkpoint-every be {least} or more")
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0):
+            print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
         self.mirror = lambda row: None
         if args.track == "tensorboard":
             board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
             self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
         elif args.track != "none":
+            os.environ.setdefault("WANDB_RUN_ID", self.dir.name)  # so that a resumed run is the same run there
             tracker = importlib.import_module(args.track)
             tracker.init(project="onefile", name=self.dir.name, config=flags, resume="allow")
             self.mirror = lambda row: tracker.log(row, step=self.step)
+        self.write("config.json", config | {"versions": {"python": sys.version.split()[0]} | versions})
 
     def restore(self):
         """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
-        state, paths = {}, [self.dir / name for name in ("checkpoint.pt", "checkpoint.prev.pt")]
-        for path in (paths := [path for path in paths if path.exists()]):
+        self.step, seconds, self.last, size = 0, 0.0, {}, 0
+        paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt") if (path := self.dir / name).exists()]
+        for path in paths:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                break
-            except Exception as error:  # whatever a damaged file makes the loader raise
+                self.step, seconds, self.last, size = state["run"]
+                for name, part in self.parts.items():
+                    (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
+                for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
+                    set_rng_state(rng)
+            except Exception as error:  # whatever a damaged file leads to
                 print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
-        if paths and not state:
-            sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away to begin anew")
-        self.step, seconds, self.last, size = state.get("run", (0, 0.0, {}, 0))
+                continue
+            os.replace(path, paths[0])  # or the next checkpoint would keep a damaged file and drop this one
+            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
+            break
+        else:
+            if paths:
+                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away to begin anew")
         self.began = time.monotonic() - seconds
         self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
         (self.dir / "result.json").unlink(missing_ok=True)
-        if state:
-            os.replace(path, paths[0])  # so that a damaged file never takes the place of a sound one
-            for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
-                set_rng_state(rng)
-            for name, part in self.parts.items():
-                (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
-            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
 
     def write(self, name, content):
         """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
@@ -346,7 +347,7 @@ class Run:
                 )
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            new.unlink()
+            new.unlink(missing_ok=True)
             sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
         os.replace(new, self.dir / name)
 
@@ -356,16 +357,16 @@ class Run:
         if not all(value.isfinite().all() for value in state["agent"].values()):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         if (path := self.dir / "checkpoint.pt").exists():
             os.replace(path, self.dir / "checkpoint.prev.pt")
-        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         self.write("checkpoint.pt", state | {"run": run, "rng": rng})
-        policy = {"algo": ALGO, "args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()}
-        self.write("policy.pt", policy)
-        if self.interrupted:
-            how = f"python {sys.argv[0]} --resume --run-dir {self.dir}"
-            sys.exit(f"stopped at step {self.step}, off the schedule, so a resumed run will differ. To go on: {how}")
+        if self.interrupted and self.step < self.total:
+            sys.exit(
+                f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on from here, but differs"
+            )
 
     def steps(self, stride):
         """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
@@ -401,7 +402,7 @@ class Run:
         true_obs, ended = next_obs.copy(), np.flatnonzero(info.get("_final_obs", []))
         for i in ended:
             true_obs[i] = info["final_obs"][i]
-        if not np.isfinite(np.column_stack((true_obs, reward))).all():
+        if not np.isfinite(np.column_stack((true_obs, next_obs, reward)).astype(np.float32)).all():
             sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
         for i in ended:
             episode = info["final_info"]["episode"]
@@ -457,12 +458,13 @@ class CudaGraph:
 
 
 def train(args):
-    """Run SAC as `args` say; returns what result.json holds. Bad input raises SystemExit, which says what to do."""
+    """Run SAC as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
     device = start(args, "buffer_size batch_size utd policy_lr q_lr alpha tau hidden", "learning_starts", "gamma tau")
     envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * args.num_envs, autoreset_mode="SameStep")
     space, n = envs.single_action_space, args.num_envs
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.isfinite(space.high - space.low).all():
-        sys.exit(f"error: SAC needs a flat Box of actions, bounded on both sides, and {args.env_id} takes {space}")
+    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    if not flat or not all(0 < width < math.inf for width in space.high - space.low):
+        sys.exit(f"error: {ALGO} needs actions in a flat Box of floats with two bounds, and {args.env_id} has {space}")
     obs_dim, act_dim = envs.single_observation_space.shape[0], space.shape[0]
     agent = Agent(args, obs_dim, space.low.tolist(), space.high.tolist(), device)
     memory = torch.empty(args.buffer_size, 2 * obs_dim + act_dim + 2, device=device)  # rows (s, a, r, d, s')
@@ -485,8 +487,8 @@ def train(args):
         obs = next_obs
 
         # Learn: `utd` gradient steps for each step after the random ones.
-        due = [int(args.utd * max(0, t - args.learning_starts)) for t in (step - n, step)]
-        for _ in range(*due):
+        updates = [int(args.utd * max(0, t - args.learning_starts)) for t in (step - n, step)]
+        for _ in range(*updates):
             index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)
             metrics = update(memory.index_select(0, index))
 
@@ -497,9 +499,10 @@ def train(args):
             evaluate(run)
         if run.interrupted or run.due(args.checkpoint_every):
             run.save()
-            obs, _ = envs.reset(seed=run.seeds(n))
-    run.eval_env.close()
+            (obs, _), metrics = envs.reset(seed=run.seeds(n)), {}
     run.write("result.json", run.last)
+    run.eval_env.close()
+    run.metrics.close()
     return run.last
 
 
@@ -509,7 +512,7 @@ def main():
     try:
         if args.resume and args.run_dir and (config := Path(args.run_dir, "config.json")).exists():
             saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
-            args = tyro.cli(Args, default=Args(**saved | {"hidden": tuple(saved["hidden"])}))
+            args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
         train(args)
     except (OSError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,131 @@
+"""The house rules: what every file says alike, and the table of known bugs with what stands guard against each."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ALGOS, ROOT
+
+RUN_FLAGS = """env_id exp_name seed total_timesteps num_envs device threads run_dir resume eval_every eval_episodes
+    checkpoint_every track capture_video compile cuda_graph""".split()
+
+
+def test_the_header_for_uv_agrees_with_requirements(path):
+    header = re.search(r"^# /// script\n(.*?)^# ///$", path.read_text(), re.M | re.S).group(1)
+    header = tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in header.splitlines(True)))
+    assert header["requires-python"] == ">=3.11"
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.split(r"[<>=\[;]", line)[0]: line for line in lines if line and not line.startswith("#")}
+    for floor in header["dependencies"]:
+        name = re.split(r"[<>=\[;]", floor)[0]
+        assert name == "torch" or required[name] == floor  # torch is pinned there, and a floor here
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
+    }
+    named = {re.split(r"[<>=\[;]", floor)[0] for floor in header["dependencies"]}
+    assert imported & set(required) <= named and not imported & {p.stem for p in ALGOS}
+
+
+def fields(path):
+    """The fields of Args, each with its line."""
+    text = path.read_text()
+    (args,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    lines = text.splitlines()
+    return {node.target.id: lines[node.lineno - 1] for node in args.body if isinstance(node, ast.AnnAssign)}
+
+
+def test_the_run_flags_are_the_same_everywhere(path):
+    ours, first = fields(path), fields(ALGOS[0])
+    assert list(ours)[-len(RUN_FLAGS) :] == RUN_FLAGS
+    assert [ours[name] for name in RUN_FLAGS if name != "threads"] == [
+        first[name] for name in RUN_FLAGS if name != "threads"
+    ]
+
+
+def test_every_flag_is_explained(path):
+    assert all("  # " in line for line in fields(path).values())
+
+
+def test_every_equation_of_the_docstring_is_found_in_the_code(path):
+    tree = ast.parse(path.read_text())
+    numbers = set(re.findall(r"\((\d+)\)$", ast.get_docstring(tree), re.M))
+    code = path.read_text().split('"""', 2)[2]
+    assert numbers and numbers <= set(re.findall(r"\((\d+)\)", code))
+
+
+def test_every_metric_is_explained(path):
+    text = path.read_text()
+    logged = set(re.findall(r'"((?:loss|value|policy|explore|speed)/\w+)"', text))
+    assert logged and all(name in ast.get_docstring(ast.parse(text)) for name in logged)
+
+
+# The bugs of well-known implementations, by number; each with the test that would see it here, or with the reason why
+# the line is too plain to need one. Those of on-policy and of discrete algorithms come with the first such file.
+PITFALLS = {
+    1: "test_probes.py::test_a_time_limit_is_not_an_end",
+    2: "test_probes.py::test_an_end_is_an_end",
+    3: "on-policy only",
+    4: "test_probes.py::test_a_time_limit_is_not_an_end",
+    5: "on-policy only",
+    6: "test_probes.py::test_the_memory_holds_what_happened",
+    7: "test_probes.py::test_the_memory_holds_what_happened",
+    8: "no n-step returns",
+    9: "test_sac.py::test_update_is_the_pseudocode",
+    10: "test_probes.py::test_entropy_is_worth_nothing_after_the_end",
+    11: "test_sac.py::test_target_entropy",
+    12: "test_sac.py::test_losses_by_hand",
+    13: "test_sac.py::test_log_probability_is_that_of_a_numerical_jacobian",
+    14: "test_probes.py::test_the_temperature_finds_the_target_entropy",
+    15: "TD3 only",
+    16: "test_sac.py::test_actions_stay_in_the_box_to_the_last_bit",
+    17: "TD3 only",
+    18: "DQN only",
+    19: "test_sac.py::test_the_actor_step_leaves_no_trace_in_the_critics",
+    20: "PPO only",
+    21: "on-policy only",
+    22: "no running statistics",
+    23: "test_resume.py::test_evaluation_does_not_touch_training",
+    24: "no reward normalisation",
+    25: "no schedules",
+    26: "test_standalone.py::test_the_policy_loads_without_an_environment",
+    27: "test_resume.py::test_two_runs_of_a_seed_agree_and_two_seeds_do_not",
+    28: "test_probes.py::test_gradient_steps_per_environment_step",
+    29: "test_probes.py::test_gradient_steps_per_environment_step",
+    30: "test_resume.py::test_killed_three_times_it_ends_bit_equal",
+    31: "test_house.py::test_flags_are_annotated_honestly",
+    32: "a plain line: torch.set_num_threads(args.threads)",
+    33: "test_sac.py::test_cuda_graph_is_the_eager_update",
+    34: "no data parallelism",
+    35: "test_faults.py::test_a_damaged_checkpoint_gives_way_to_the_one_before",
+    36: "test_scripts.py",
+}
+
+
+@pytest.mark.parametrize("number", range(1, 37))
+def test_pitfalls_have_their_guard(number):
+    guard = PITFALLS[number]
+    if guard.startswith("test_"):
+        file, _, name = guard.partition("::")
+        tests = {node.name for node in ast.parse((ROOT / "tests" / file).read_text()).body if hasattr(node, "name")}
+        assert not name or name in tests
+
+
+def test_flags_are_annotated_honestly(path):
+    """A default has the type that its flag would give it: 5e3 is no int, and what may be None says so."""
+    (args,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    for field in (node for node in args.body if isinstance(node, ast.AnnAssign)):
+        kind = ast.unparse(field.annotation)
+        if isinstance(field.value, ast.Constant) and not kind.startswith("Literal"):
+            expected = "None" if field.value.value is None else type(field.value.value).__name__
+            assert expected in kind.split(" | "), f"{field.target.id}: {kind} = {field.value.value}"
+
+
+@pytest.mark.parametrize("folder", ["algos", "scripts", "tests"])
+def test_nothing_names_the_place_where_it_was_made(folder):
+    for file in Path(ROOT / folder).glob("*.py"):
+        assert not re.search(r"/(home|root|Users|mnt)/\w", file.read_text().replace("(home|root|Users|mnt)", "")), file
