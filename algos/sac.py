@@ -364,9 +364,7 @@ class Run:
             os.replace(path, self.dir / "checkpoint.prev.pt")
         self.write("checkpoint.pt", state | {"run": run, "rng": rng})
         if self.interrupted and self.step < self.total:
-            sys.exit(
-                f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on from here, but differs"
-            )
+            sys.exit(f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on, but differs")
 
     def steps(self, stride):
         """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
