@@ -374,7 +374,7 @@ class Run:
         try:
             for self.step in range(self.step + stride, self.total + stride, stride):
                 yield self.step
-                bar.set_postfix({"return": self.last.get("episode/return")}, refresh=False)
+                bar.set_postfix_str(f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False)
                 bar.update(stride)
                 if not tty and self.due(10_000):
                     print(bar, flush=True)
@@ -390,9 +390,9 @@ class Run:
         row = {name: float(value) for name, value in row.items()}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             sys.exit(f"error: {', '.join(bad)} not finite at step {self.step}: lower the learning rates")
+        self.mirror(row)
         row = {"step": self.step, "wall": round(time.monotonic() - self.began, 3), **row}
         self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.mirror(row)
         self.last |= row
 
     def observe(self, next_obs, reward, info):
