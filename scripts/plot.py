@@ -2,6 +2,7 @@
 
     python scripts/plot.py runs                                         all runs in a folder, at any depth
     python scripts/plot.py results/off_policy.jsonl --smooth 5          committed raw curves
+    python scripts/plot.py runs --save results/sac.jsonl                the same, and its points into such a file
     python scripts/plot.py runs/a runs/b --legend "lr 1e-3" "lr 3e-4"   a name for each folder
     python scripts/plot.py runs --value loss/critic --x wall --select Hopper --exclude td3 --output critic.png
 
@@ -54,6 +55,7 @@ class Args:
     select: tuple[str, ...] = ()  # draw only runs whose path contains all of these
     exclude: tuple[str, ...] = ()  # draw no run whose path contains any of these
     output: Path = Path("curves.png")  # the figure
+    save: Path | None = None  # write the points, unsmoothed, into a .jsonl file of raw curves
 
 
 class Run(NamedTuple):
@@ -164,18 +166,23 @@ def collect(args):
     if not runs:
         sys.exit("error: no run there: a run has config.json and metrics.jsonl, and passes --select and --exclude")
 
-    lines, seeds, without = defaultdict(lambda: defaultdict(list)), defaultdict(list), []
+    lines, seeds, without, raw = defaultdict(lambda: defaultdict(list)), defaultdict(list), [], []
     for run in runs.values():
         x, y = curve(run.rows, args.x, args.value)
         if len(x):
             lines[run.env_id][run.label].append((x, smooth(y, args.smooth)))
             seeds[run.env_id, run.label].append(run.seed)
+            of = {"algo": run.label, "env_id": run.env_id, "seed": run.seed}
+            raw += [json.dumps(of | {args.x: a, args.value: b}) + "\n" for a, b in zip(x.tolist(), y.tolist())]
         else:
             without.append(run.path)
     if not lines:
         metrics = {key for run in runs.values() for row in run.rows if args.x in row for key in row if "/" in key}
         have = f"take --value from {', '.join(sorted(metrics))}" if metrics else f"no row has a metric and a {args.x}"
         sys.exit(f"error: no run has {args.value} by {args.x}: {have}")
+    if args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        args.save.write_text("".join(raw))
     if without:
         print(f"warning: left out, without {args.value} by {args.x}: {', '.join(without)}", file=sys.stderr)
     for (env_id, label), found in seeds.items():

@@ -116,6 +116,8 @@ for name, make in {
     "Discrete": lambda: Odd(BOX, PAIR),
     "Unbounded": lambda: Odd(BOX, gym.spaces.Box(-np.inf, np.inf, (1,))),
     "HalfBounded": lambda: Odd(BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))),
+    "Integers": lambda: Odd(BOX, gym.spaces.Box(-3, 3, (1,), np.int32)),
+    "NoWidth": lambda: Odd(BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))),
     "Matrix": lambda: Odd(BOX, gym.spaces.Box(-1, 1, (2, 2))),
 }.items():
     gym.register(f"probe/{name}-v0", entry_point=make)

@@ -51,8 +51,9 @@ def refused_here(path, tmp_path, monkeypatch, capsys, flags, words):
         ("--num-envs 0", ["--num-envs", "above 0"]),
         ("--total-timesteps -5", ["--total-timesteps", "above 0"]),
         ("--eval-episodes 0", ["--eval-episodes", "above 0"]),
-        ("--eval-every -1", ["--eval-every", "0 or more"]),
-        ("--seed -1", ["--seed", "0 or more"]),
+        ("--eval-every -1", ["--eval-every", "0 to 1e18"]),
+        ("--seed -1", ["--seed", "0 to 1e18"]),
+        ("--seed 99999999999999999999", ["--seed", "0 to 1e18"]),
         ("--threads 0", ["--threads", "above 0"]),
         ("--gamma 1.5", ["--gamma", "0 to 1"]),
         ("--gamma nan", ["--gamma", "0 to 1"]),
@@ -69,15 +70,18 @@ def test_bad_flags(path, tmp_path, monkeypatch, capsys, flags, words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--env-id CartPole-v1", ["flat Box of actions", "Discrete(2)"]),
-        ("--env-id probes:probe/Unbounded-v0", ["bounded", "inf"]),
-        ("--env-id probes:probe/HalfBounded-v0", ["bounded", "inf"]),
-        ("--env-id probes:probe/Matrix-v0", ["flat Box of actions", "(2, 2)"]),
+        ("--env-id CartPole-v1", ["flat Box", "Discrete(2)"]),
+        ("--env-id probes:probe/Unbounded-v0", ["two bounds", "inf"]),
+        ("--env-id probes:probe/HalfBounded-v0", ["two bounds", "inf"]),
+        ("--env-id probes:probe/Matrix-v0", ["flat Box", "(2, 2)"]),
+        ("--env-id probes:probe/Integers-v0", ["flat Box of floats", "int32"]),
+        ("--env-id probes:probe/NoWidth-v0", ["two bounds"]),
         ("--batch-size 0", ["--batch-size", "above 0"]),
         ("--buffer-size 0", ["--buffer-size", "above 0"]),
         ("--utd 0", ["--utd", "above 0"]),
         ("--q-lr -1e-3", ["--q-lr", "above 0"]),
         ("--policy-lr nan", ["--policy-lr", "above 0"]),
+        ("--utd inf", ["--utd", "1e18"]),
         ("--alpha 0", ["--alpha", "above 0"]),
         ("--tau 2", ["--tau", "0 to 1"]),
     ],
@@ -170,7 +174,13 @@ def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
     assert process.returncode == 0 and (tmp_path / "new" / "result.json").exists(), process.stderr
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "poisoned"])
+def test_a_folder_with_the_metrics_of_somebody_else_is_not_emptied(path, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    refused(run(path, "--run-dir", tmp_path), "--resume", "another --run-dir")
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "poisoned", "foreign", "policy"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
     path, folder = copied
     undisturbed = rows(folder)
@@ -182,6 +192,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
                 return os.mkdir, (str(folder / "poisoned"),)
 
         torch.save({"agent": Poison()}, file)
+    elif damage == "foreign":
+        torch.save({"foo": torch.ones(3)}, file)
+    elif damage == "policy":
+        shutil.copy(folder / "policy.pt", file)
     else:
         file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
     process = run(path, "--resume", "--run-dir", folder)

@@ -1,7 +1,7 @@
 """Learning curves on real environments, against the thresholds of curves.json.
 
 The networks are smaller than by default, so that a case takes a minute or two on one thread; results/ holds curves of
-the defaults. Each case stands there with its calibration, the best deterministic evaluation of seeds 101 to 112, made by
+the defaults. Each case has its calibration beside it, the best deterministic evaluations of seeds 101 to 112, made by
 
     python tests/test_learning.py
 """
