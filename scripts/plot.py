@@ -173,7 +173,8 @@ def collect(args):
             lines[run.env_id][run.label].append((x, smooth(y, args.smooth)))
             seeds[run.env_id, run.label].append(run.seed)
             of = {"algo": run.label, "env_id": run.env_id, "seed": run.seed}
-            raw += [json.dumps(of | {args.x: a, args.value: b}) + "\n" for a, b in zip(x.tolist(), y.tolist())]
+            at = x.astype(int) if args.x == "step" else x
+            raw += [json.dumps(of | {args.x: a, args.value: b}) + "\n" for a, b in zip(at.tolist(), y.tolist())]
         else:
             without.append(run.path)
     if not lines:

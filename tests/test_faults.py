@@ -203,6 +203,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
     assert not (folder / "poisoned").exists()
     assert "400 of 600" in process.stderr and rows(folder) == undisturbed
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0] == 600
+    assert torch.load(folder / "checkpoint.prev.pt", weights_only=True)["run"][0] == 400  # and not the damaged one
 
 
 def test_two_damaged_checkpoints_are_an_error_and_stay(copied):
