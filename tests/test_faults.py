@@ -100,6 +100,7 @@ def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_
     assert all(value.isfinite().all() for value in state["agent"].values())
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_stops_the_run(path, tmp_path):
     flags = ["--q-lr", "1e30", "--total-timesteps", "2000", "--checkpoint-every", "5000"]
     refused(run(path, *flags, "--run-dir", tmp_path / "run"), "not finite", "learning rates")
@@ -161,12 +162,14 @@ def test_resuming_takes_the_flags_of_the_run_and_those_typed(copied):
     assert json.loads((folder / "result.json").read_text())["step"] == 800
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag, value", [("--gamma", 0.5), ("--seed", 7), ("--num-envs", 2), ("--env-id", "Hopper-v4")])
 def test_resuming_with_another_flag_is_refused_by_its_name(copied, flag, value):
     path, folder = copied
     refused(run(path, "--resume", "--run-dir", folder, flag, value), flag.strip("-").replace("-", "_"), "begun with")
 
 
+@pytest.mark.slow
 def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
     process = subprocess.run(
         [*command(path, "--run-dir", tmp_path / "new"), "--resume"], capture_output=True, text=True, timeout=300
@@ -174,12 +177,14 @@ def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
     assert process.returncode == 0 and (tmp_path / "new" / "result.json").exists(), process.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_with_the_metrics_of_somebody_else_is_not_emptied(path, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
     refused(run(path, "--run-dir", tmp_path), "--resume", "another --run-dir")
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "empty", "poisoned", "foreign", "policy"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
     path, folder = copied
@@ -206,6 +211,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
     assert torch.load(folder / "checkpoint.prev.pt", weights_only=True)["run"][0] == 400  # and not the damaged one
 
 
+@pytest.mark.slow
 def test_two_damaged_checkpoints_are_an_error_and_stay(copied):
     path, folder = copied
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
@@ -228,6 +234,7 @@ def begin(path, folder, *flags):
     return process
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(path, tmp_path):
     first = begin(path, tmp_path / "run")
     try:
@@ -238,6 +245,7 @@ def test_a_second_writer_is_refused(path, tmp_path):
         first.communicate()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_prints_how_to_go_on(path, tmp_path):
     folder = tmp_path / "run"
     process = begin(path, folder)
@@ -251,6 +259,7 @@ def test_ctrl_c_saves_and_prints_how_to_go_on(path, tmp_path):
     assert again.returncode == 0 and json.loads((folder / "result.json").read_text())["step"] == step + 400
 
 
+@pytest.mark.slow
 def test_sigterm_stops_without_saving(path, tmp_path):
     process = begin(path, tmp_path / "run")
     process.terminate()
@@ -259,6 +268,7 @@ def test_sigterm_stops_without_saving(path, tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["run"][0] % 200 == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_what_was_saved_goes_on(copied):
     """A limit on the size of a file makes write() fail as a full disk does."""
     path, folder = copied

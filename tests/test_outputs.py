@@ -2,9 +2,11 @@
 
 import re
 
+import pytest
 from conftest import rows, run
 
 
+@pytest.mark.slow
 def test_tensorboard_mirrors_the_metrics(path, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,6 +20,7 @@ def test_tensorboard_mirrors_the_metrics(path, tmp_path):
         assert all(abs(a - b) < 1e-3 * abs(a) for (_, a), (_, b) in zip(ours, theirs))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_named(path, tmp_path):
     process = run(path, "--track", "trackio", "--run-dir", tmp_path / "run", cwd=tmp_path)
     assert process.returncode != 0 and "No module named 'trackio'" in process.stderr
@@ -25,6 +28,7 @@ def test_a_tracker_that_is_not_installed_is_named(path, tmp_path):
     assert run(path, "--run-dir", tmp_path / "run").returncode == 0  # nothing is left behind that stands in the way
 
 
+@pytest.mark.slow
 def test_an_episode_of_every_evaluation_is_filmed(path, tmp_path):
     process = run(path, "--capture-video", "--run-dir", tmp_path / "run")
     assert process.returncode == 0, process.stderr

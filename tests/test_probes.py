@@ -96,6 +96,7 @@ def test_entropy_is_worth_nothing_after_the_end(path, tmp_path):
     assert run.value(0, 1) == pytest.approx(1, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [1.0, -1.0])
 @pytest.mark.parametrize("path", [path for path in ALGOS if path.stem == "sac"], ids=["sac"])
 def test_the_temperature_finds_the_target_entropy(path, tmp_path, target):

@@ -74,6 +74,7 @@ def test_bit_equality_can_fail():
     assert not same(a, {"x": [torch.ones(2), {"wall": 1, "y": 2.0000000000000004}]})
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_seed_agree_and_two_seeds_do_not(path, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         process = command(path, "--seed", seed, "--run-dir", tmp_path / name)
@@ -81,6 +82,7 @@ def test_two_runs_of_a_seed_agree_and_two_seeds_do_not(path, tmp_path):
     assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_touch_training(path, tmp_path):
     """However often it is evaluated, a run learns the same."""
     for name, every in (("often", 100), ("never", 0)):

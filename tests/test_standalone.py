@@ -36,6 +36,7 @@ def test_a_copied_file_runs_alone(path, tmp_path, env):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
 
 
+@pytest.mark.slow
 def test_an_environment_of_ones_own_from_the_folder_one_is_in(path, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import gymnasium as gym\n"
