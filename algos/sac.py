@@ -77,9 +77,9 @@ class Args:
     batch_size: int = 256  # transitions in a gradient step
     utd: float = 1.0  # gradient steps per environment step
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # how far the targets move towards the critics at each gradient step
-    policy_lr: float = 3e-4  # learning rate of the policy and the temperature
-    q_lr: float = 3e-4  # learning rate of the critics
+    tau: float = 0.005  # how far the targets move at each gradient step
+    policy_lr: float = 1e-3  # learning rate of the policy and the temperature
+    q_lr: float = 1e-3  # learning rate of the critics
     alpha: float = 0.2  # the temperature, or where it starts from under --autotune
     autotune: bool = True  # learn the temperature
     target_entropy: float | None = None  # what --autotune steers the entropy to, in nats; None is -A
@@ -125,9 +125,9 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
-def q_values(critics, obs, action):
-    """K action values, by K critics stacked: obs [B, O], action [B, A] -> [K, B]."""
-    return critics(torch.cat((obs, action), -1)).squeeze(-1)
+def q_values(critic, obs, action):
+    """Action values by each of K stacked critics: obs [B, O], action [B, A] -> [K, B]."""
+    return critic(torch.cat((obs, action), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -198,14 +198,14 @@ class Agent(nn.Module):
         self.args, self.columns = args, (obs_dim, len(low), 1, 1, obs_dim)  # of a batch
         self.target_entropy = -len(low) if args.target_entropy is None else args.target_entropy
         self.actor = Actor(obs_dim, low, high, args.hidden, args.activation)
-        critics = partial(mlp, (obs_dim + len(low), *args.hidden, 1), args.activation, partial(StackedLinear, 2))
-        self.critics, self.targets = critics(), critics().requires_grad_(False)
-        self.targets.load_state_dict(self.critics.state_dict())
+        critic = partial(mlp, (obs_dim + len(low), *args.hidden, 1), args.activation, partial(StackedLinear, 2))
+        self.critic, self.target = critic(), critic().requires_grad_(False)
+        self.target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.to(device)
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
-        self.critic_optimizer = adam(self.critics.parameters(), lr=args.q_lr)
+        self.critic_optimizer = adam(self.critic.parameters(), lr=args.q_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.policy_lr)
 
     def update(self, batch):
@@ -214,14 +214,14 @@ class Agent(nn.Module):
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob, _ = self.actor(next_obs)
-            next_q = q_values(self.targets, next_obs, next_action)  # [K, B]
+            next_q = q_values(self.target, next_obs, next_action)  # [K, B]
             y = soft_target(reward[:, 0], terminated[:, 0], next_q, next_log_prob, alpha, self.args.gamma)  # (1)
-        q = q_values(self.critics, obs, action)  # [K, B]
+        q = q_values(self.critic, obs, action)  # [K, B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (2)
 
         new_action, log_prob, std = self.actor(obs)  # (3), (4)
-        loss_pi = actor_loss(q_values(self.critics, obs, new_action), log_prob, alpha)
+        loss_pi = actor_loss(q_values(self.critic, obs, new_action), log_prob, alpha)
         descend(self.actor_optimizer, loss_pi)  # (5)
         metrics = {"loss/critic": loss_q, "loss/actor": loss_pi, "value/mean": q.mean(), "policy/alpha": alpha}
         metrics |= {"policy/entropy": -log_prob.mean(), "policy/std": std.mean()}
@@ -229,7 +229,7 @@ class Agent(nn.Module):
             metrics["loss/alpha"] = alpha_loss(self.log_alpha, log_prob, self.target_entropy)
             descend(self.alpha_optimizer, metrics["loss/alpha"])  # (6)
         with torch.no_grad():
-            torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], self.args.tau)  # (7)
+            torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.args.tau)  # (7)
         return {name: value.detach() for name, value in metrics.items()}
 
 
@@ -462,7 +462,7 @@ def train(args):
     space, n = envs.single_action_space, args.num_envs
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
     if not flat or not all(0 < width < math.inf for width in space.high - space.low):
-        sys.exit(f"error: {ALGO} needs actions in a flat Box of floats with two bounds, and {args.env_id} has {space}")
+        sys.exit(f"error: {ALGO} needs actions in a flat Box of floats with two bounds, not {space}: try ppo or dqn")
     obs_dim, act_dim = envs.single_observation_space.shape[0], space.shape[0]
     agent = Agent(args, obs_dim, space.low.tolist(), space.high.tolist(), device)
     memory = torch.empty(args.buffer_size, 2 * obs_dim + act_dim + 2, device=device)  # rows (s, a, r, d, s')
