@@ -13,9 +13,33 @@ ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
 
 # Flags that make a run of 600 steps take a second after the imports, and an environment that the algorithm can act in.
+REPLAY = "--learning-starts 200 --hidden 16 16 --batch-size 16 --buffer-size 5000"
+ROLLOUT = "--num-steps 50 --num-minibatches 2 --update-epochs 2 --hidden 16 16"
 SMALL = {
-    "sac": "--env-id Pendulum-v1 --learning-starts 200 --hidden 16 16 --batch-size 16 --buffer-size 5000",
+    "ddpg": f"--env-id Pendulum-v1 {REPLAY}",
+    "dqn": f"--env-id CartPole-v1 {REPLAY}",
+    "ppo": f"--env-id Pendulum-v1 {ROLLOUT}",
+    "sac": f"--env-id Pendulum-v1 {REPLAY}",
+    "td3": f"--env-id Pendulum-v1 {REPLAY}",
+    "trpo": f"--env-id Pendulum-v1 {ROLLOUT}",
+    "vpg": f"--env-id CartPole-v1 {ROLLOUT}",
 }
+CONTINUOUS = [path for path in ALGOS if path.stem in ("ddpg", "sac", "td3")]  # those that know nothing but boxes
+ON_POLICY = [path for path in ALGOS if path.stem in ("ppo", "trpo", "vpg")]
+
+# What the plumbing does is tried in one file that has a memory and one that has rollouts: its text is the same in all.
+TWO = [path for path in ALGOS if path.stem in ("ppo", "sac")]
+two = pytest.mark.parametrize("path", TWO, ids=lambda path: path.stem)
+
+
+def env_id(path):
+    """The environment of an algorithm's small run."""
+    return SMALL[path.stem].split()[1]
+
+
+def probe(path, name):
+    """An environment of probes.py, with the actions that the algorithm takes."""
+    return f"probe/{name}Discrete-v0" if path.stem == "dqn" else f"probe/{name}-v0"
 
 
 def load(path):

@@ -1,15 +1,19 @@
 """Tiny environments whose right values are known on paper. Importing this module registers them as probe/NAME-v0."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 
 
 class Probe(gym.Env):
-    """Observes [time / length, the last observation of `reset`], acts in a Box, and lasts `length` steps."""
+    """Observes [time / length, what `reset` drew], acts in a Box or chooses among three, and lasts `length` steps."""
 
-    def __init__(self, length=1, low=-1.0, high=1.0, ends=True, reward=lambda probe, action: 1.0):
+    def __init__(self, length=1, low=-1.0, high=1.0, ends=True, reward=lambda probe, action: 1.0, discrete=False):
         self.observation_space = gym.spaces.Box(-10, 10, (2,))
         self.action_space = gym.spaces.Box(np.float32(low), np.float32(high), (1,))
+        if discrete:
+            self.action_space = gym.spaces.Discrete(3)
         self.length, self.ends, self.reward = length, ends, reward
 
     def obs(self):
@@ -65,8 +69,8 @@ class Broken(Probe):
 
     steps = 0
 
-    def __init__(self, what):
-        super().__init__(length=10)
+    def __init__(self, what, discrete=False):
+        super().__init__(length=10, discrete=discrete)
         self.what = what
 
     def step(self, action):
@@ -96,28 +100,35 @@ def near(target):
     return lambda probe, action: 1 - float(abs(action[0] - target))
 
 
+def squarely(probe, action):
+    """Best is 0.5 in a box, and 2 of 0, 1, 2."""
+    return 1 - (float(action) - 2) ** 2 if np.ndim(action) == 0 else 1 - (float(action[0]) - 0.5) ** 2
+
+
 BOX, PAIR = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
 for name, make in {
-    "Constant": lambda: Probe(),
-    "Observed": lambda: Probe(reward=lambda probe, action: float(probe.draw)),
-    "Delayed": lambda: Probe(length=2, reward=delayed),
-    "Acted": lambda: Probe(reward=lambda probe, action: 1 - (float(action[0]) - 0.5) ** 2),
-    "Wide": lambda: Probe(low=-3.0, high=3.0, reward=near(2.0)),
-    "Cut": lambda: Blind(length=5, ends=False),
-    "Ended": lambda: Probe(length=5),
-    "Both": lambda: Both(length=5),
-    "Marker": lambda: Marker(length=7, ends=False),
-    "Reused": lambda: Reused(length=7, ends=False),
-    "BadReward": lambda: Broken("reward"),
-    "BadObservation": lambda: Broken("observation"),
-    "Endless": lambda: Probe(length=10**9),
-    "Image": lambda: Odd(gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),
-    "Dict": lambda: Odd(gym.spaces.Dict({"a": BOX}), BOX),
-    "Discrete": lambda: Odd(BOX, PAIR),
-    "Unbounded": lambda: Odd(BOX, gym.spaces.Box(-np.inf, np.inf, (1,))),
-    "HalfBounded": lambda: Odd(BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))),
-    "Integers": lambda: Odd(BOX, gym.spaces.Box(-3, 3, (1,), np.int32)),
-    "NoWidth": lambda: Odd(BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))),
-    "Matrix": lambda: Odd(BOX, gym.spaces.Box(-1, 1, (2, 2))),
+    "Constant": Probe,
+    "Observed": partial(Probe, reward=lambda probe, action: float(probe.draw)),
+    "Delayed": partial(Probe, length=2, reward=delayed),
+    "Acted": partial(Probe, reward=squarely),
+    "Wide": partial(Probe, low=-3.0, high=3.0, reward=near(2.0)),
+    "Cut": partial(Blind, length=5, ends=False),
+    "Ended": partial(Probe, length=5),
+    "Both": partial(Both, length=5),
+    "Marker": partial(Marker, length=7, ends=False),
+    "Reused": partial(Reused, length=7, ends=False),
+    "BadReward": partial(Broken, "reward"),
+    "BadObservation": partial(Broken, "observation"),
+    "Endless": partial(Probe, length=10**9),
+    "Image": partial(Odd, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),
+    "Dict": partial(Odd, gym.spaces.Dict({"a": BOX}), BOX),
+    "Discrete": partial(Odd, BOX, PAIR),
+    "FromOne": partial(Odd, BOX, gym.spaces.Discrete(2, start=1)),
+    "Unbounded": partial(Odd, BOX, gym.spaces.Box(-np.inf, np.inf, (1,))),
+    "HalfBounded": partial(Odd, BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))),
+    "Integers": partial(Odd, BOX, gym.spaces.Box(-3, 3, (1,), np.int32)),
+    "NoWidth": partial(Odd, BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))),
+    "Matrix": partial(Odd, BOX, gym.spaces.Box(-1, 1, (2, 2))),
 }.items():
     gym.register(f"probe/{name}-v0", entry_point=make)
+    gym.register(f"probe/{name}Discrete-v0", entry_point=make, kwargs={"discrete": True})  # not meant for Odd

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ALGOS, ROOT, SMALL, command, load, rows, run
+from conftest import ALGOS, CONTINUOUS, ON_POLICY, ROOT, SMALL, TWO, command, env_id, load, probe, rows, run, two
 
 TESTS = {"PYTHONPATH": str(ROOT / "tests")}  # where the module of probes:probe/... lies
 
@@ -40,6 +40,11 @@ def refused_here(path, tmp_path, monkeypatch, capsys, flags, words):
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def name(value):
+    """The id of a case, by its flags."""
+    return value.replace("--", "").replace(" ", "=") if isinstance(value, str) else ""
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -61,7 +66,7 @@ def refused_here(path, tmp_path, monkeypatch, capsys, flags, words):
         ("--no-such-flag 1", ["no-such-flag"]),
         ("--resume", ["--resume", "--run-dir"]),
     ],
-    ids=lambda value: value.replace("--", "").replace(" ", "=") if isinstance(value, str) else "",
+    ids=name,
 )
 def test_bad_flags(path, tmp_path, monkeypatch, capsys, flags, words):
     refused_here(path, tmp_path, monkeypatch, capsys, flags, words)
@@ -82,18 +87,57 @@ def test_bad_flags(path, tmp_path, monkeypatch, capsys, flags, words):
         ("--q-lr -1e-3", ["--q-lr", "above 0"]),
         ("--policy-lr nan", ["--policy-lr", "above 0"]),
         ("--utd inf", ["--utd", "1e18"]),
-        ("--alpha 0", ["--alpha", "above 0"]),
         ("--tau 2", ["--tau", "0 to 1"]),
     ],
-    ids=lambda value: value.replace("--", "").replace(" ", "=") if isinstance(value, str) else "",
+    ids=name,
 )
-def test_bad_flags_of_sac(tmp_path, monkeypatch, capsys, flags, words):
-    refused_here(ROOT / "algos" / "sac.py", tmp_path, monkeypatch, capsys, flags, words)
+@pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
+def test_bad_flags_where_actions_are_continuous(path, tmp_path, monkeypatch, capsys, flags, words):
+    refused_here(path, tmp_path, monkeypatch, capsys, flags, words)
+
+
+@pytest.mark.parametrize(
+    "algo, flags, words",
+    [
+        ("sac", "--alpha 0", ["--alpha", "above 0"]),
+        ("td3", "--policy-frequency 0", ["--policy-frequency", "above 0"]),
+        ("td3", "--noise-clip -1", ["--noise-clip", "0 to 1e18"]),
+        ("ddpg", "--exploration-noise nan", ["--exploration-noise", "0 to 1e18"]),
+        ("dqn", "--env-id Pendulum-v1", ["Discrete(n)", "Box(-2.0", "sac"]),
+        ("dqn", "--env-id probes:probe/FromOne-v0", ["Discrete(n) from 0", "start=1"]),
+        ("dqn", "--start-e 1.5", ["--start-e", "0 to 1"]),
+        ("dqn", "--target-network-frequency 0", ["--target-network-frequency", "above 0"]),
+        ("ppo", "--num-minibatches 50", ["--num-minibatches 50", "one step"]),
+        ("ppo", "--clip-coef 0", ["--clip-coef", "above 0"]),
+        ("ppo", "--ent-coef -1", ["--ent-coef", "0 to 1e18"]),
+        ("trpo", "--target-kl 0", ["--target-kl", "above 0"]),
+        ("vpg", "--policy-lr inf", ["--policy-lr", "1e18"]),
+    ],
+    ids=name,
+)
+def test_bad_flags_of_one(algo, tmp_path, monkeypatch, capsys, flags, words):
+    refused_here(ROOT / "algos" / f"{algo}.py", tmp_path, monkeypatch, capsys, flags, words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--num-minibatches 7", ["--num-minibatches 7", "--num-steps 50", "[1, 2, 5, 10, 25, 50]"]),
+        ("--gae-lambda 2", ["--gae-lambda", "0 to 1"]),
+        ("--env-id probes:probe/Matrix-v0", ["Discrete(n)", "flat Box", "(2, 2)"]),
+        ("--env-id probes:probe/FromOne-v0", ["Discrete(n)", "start=1"]),
+        ("--env-id probes:probe/Integers-v0", ["Box of floats", "int32"]),
+    ],
+    ids=name,
+)
+@pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
+def test_bad_flags_on_policy(path, tmp_path, monkeypatch, capsys, flags, words):
+    refused_here(path, tmp_path, monkeypatch, capsys, flags, words)
 
 
 @pytest.mark.parametrize("what", ["Reward", "Observation"])
 def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_path, what):
-    process = run(path, "--env-id", f"probes:probe/Bad{what}-v0", "--run-dir", tmp_path / "run", env=TESTS)
+    process = run(path, "--env-id", f"probes:{probe(path, f'Bad{what}')}", "--run-dir", tmp_path / "run", env=TESTS)
     refused(process, "not finite", "step 301", "reward or observation")
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["run"][0] == 200
@@ -102,13 +146,14 @@ def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_
 
 @pytest.mark.slow
 def test_a_loss_that_diverges_stops_the_run(path, tmp_path):
-    flags = ["--q-lr", "1e30", "--total-timesteps", "2000", "--checkpoint-every", "5000"]
+    rates = {"dqn": "--learning-rate", "ppo": "--learning-rate", "trpo": "--vf-lr", "vpg": "--vf-lr"}
+    flags = [rates.get(path.stem, "--q-lr"), "1e30", "--total-timesteps", "2000", "--checkpoint-every", "5000"]
     refused(run(path, *flags, "--run-dir", tmp_path / "run"), "not finite", "learning rates")
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert "NaN" not in line and "Infinity" not in line
 
 
-@pytest.fixture(scope="module", params=ALGOS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=TWO, ids=lambda path: path.stem)
 def finished(request, tmp_path_factory):
     """A finished run, and the file that made it. Copy it before you break it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -158,18 +203,19 @@ def test_resuming_takes_the_flags_of_the_run_and_those_typed(copied):
     process = run(path, "--resume", "--run-dir", folder, "--total-timesteps", "800", "--eval-every", "400")
     assert process.returncode == 0, process.stderr
     args = json.loads((folder / "config.json").read_text())["args"]
-    assert args["env_id"] == "Pendulum-v1" and args["total_timesteps"] == 800 and args["hidden"] == [16, 16]
+    assert args["env_id"] == env_id(path) and args["total_timesteps"] == 800 and args["hidden"] == [16, 16]
     assert json.loads((folder / "result.json").read_text())["step"] == 800
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag, value", [("--gamma", 0.5), ("--seed", 7), ("--num-envs", 2), ("--env-id", "Hopper-v4")])
+@pytest.mark.parametrize("flag, value", [("--gamma", 0.5), ("--seed", 7), ("--num-envs", 2), ("--exp-name", "b")])
 def test_resuming_with_another_flag_is_refused_by_its_name(copied, flag, value):
     path, folder = copied
     refused(run(path, "--resume", "--run-dir", folder, flag, value), flag.strip("-").replace("-", "_"), "begun with")
 
 
 @pytest.mark.slow
+@two
 def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
     process = subprocess.run(
         [*command(path, "--run-dir", tmp_path / "new"), "--resume"], capture_output=True, text=True, timeout=300
@@ -178,6 +224,7 @@ def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
 
 
 @pytest.mark.slow
+@two
 def test_a_folder_with_the_metrics_of_somebody_else_is_not_emptied(path, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
     refused(run(path, "--run-dir", tmp_path), "--resume", "another --run-dir")
@@ -235,6 +282,7 @@ def begin(path, folder, *flags):
 
 
 @pytest.mark.slow
+@two
 def test_a_second_writer_is_refused(path, tmp_path):
     first = begin(path, tmp_path / "run")
     try:
@@ -246,6 +294,7 @@ def test_a_second_writer_is_refused(path, tmp_path):
 
 
 @pytest.mark.slow
+@two
 def test_ctrl_c_saves_and_prints_how_to_go_on(path, tmp_path):
     folder = tmp_path / "run"
     process = begin(path, folder)
@@ -260,6 +309,7 @@ def test_ctrl_c_saves_and_prints_how_to_go_on(path, tmp_path):
 
 
 @pytest.mark.slow
+@two
 def test_sigterm_stops_without_saving(path, tmp_path):
     process = begin(path, tmp_path / "run")
     process.terminate()
@@ -288,6 +338,7 @@ def test_a_full_disk_is_said_and_what_was_saved_goes_on(copied):
     assert json.loads((folder / "result.json").read_text())["step"] == 1000
 
 
+@two
 def test_a_folder_that_cannot_be_made(path, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run(path, "--run-dir", tmp_path / "file" / "run"), "not a directory")

@@ -41,10 +41,9 @@ def fields(path):
 
 def test_the_run_flags_are_the_same_everywhere(path):
     ours, first = fields(path), fields(ALGOS[0])
+    same = [name for name in RUN_FLAGS if name not in ("env_id", "threads")]  # whose defaults may differ
     assert list(ours)[-len(RUN_FLAGS) :] == RUN_FLAGS
-    assert [ours[name] for name in RUN_FLAGS if name != "threads"] == [
-        first[name] for name in RUN_FLAGS if name != "threads"
-    ]
+    assert [ours[name] for name in same] == [first[name] for name in same]
 
 
 def test_every_flag_is_explained(path):
@@ -65,13 +64,13 @@ def test_every_metric_is_explained(path):
 
 
 # The bugs of well-known implementations, by number; each with the test that would see it here, or with the reason why
-# the line is too plain to need one. Those of on-policy and of discrete algorithms come with the first such file.
+# the line is too plain to need one.
 PITFALLS = {
     1: "test_probes.py::test_a_time_limit_is_not_an_end",
     2: "test_probes.py::test_an_end_is_an_end",
-    3: "on-policy only",
+    3: "test_on_policy.py::test_gae_by_its_definition_with_ends_and_cuts_everywhere",
     4: "test_probes.py::test_a_time_limit_is_not_an_end",
-    5: "on-policy only",
+    5: "test_on_policy.py::test_gae_by_its_definition_with_ends_and_cuts_everywhere",
     6: "test_probes.py::test_the_memory_holds_what_happened",
     7: "test_probes.py::test_the_memory_holds_what_happened",
     8: "no n-step returns",
@@ -81,17 +80,17 @@ PITFALLS = {
     12: "test_sac.py::test_losses_by_hand",
     13: "test_sac.py::test_log_probability_is_that_of_a_numerical_jacobian",
     14: "test_probes.py::test_the_temperature_finds_the_target_entropy",
-    15: "TD3 only",
-    16: "test_sac.py::test_actions_stay_in_the_box_to_the_last_bit",
-    17: "TD3 only",
-    18: "DQN only",
+    15: "test_q_learning.py::test_target_noise_is_clipped_scaled_and_drawn_for_each",
+    16: "test_q_learning.py::test_exploration_is_drawn_for_each_environment_and_stays_in_the_box",
+    17: "test_q_learning.py::test_the_policy_moves_at_every_second_gradient_step",
+    18: "test_probes.py::test_dqn_learns_and_moves_its_target_by_environment_steps",
     19: "test_sac.py::test_the_actor_step_leaves_no_trace_in_the_critics",
-    20: "PPO only",
-    21: "on-policy only",
-    22: "no running statistics",
+    20: "test_on_policy.py::test_an_epoch_too_far_is_the_last_of_its_rollout",
+    21: "test_on_policy.py::test_one_sample_is_standardised_to_zero",
+    22: "test_on_policy.py::test_a_policy_that_was_normalised_acts_alike_when_loaded",
     23: "test_resume.py::test_evaluation_does_not_touch_training",
-    24: "no reward normalisation",
-    25: "no schedules",
+    24: "test_on_policy.py::test_rewards_are_scaled_by_sums_that_stop_at_cuts",
+    25: "test_q_learning.py::test_epsilon_falls_as_it_should",
     26: "test_standalone.py::test_the_policy_loads_without_an_environment",
     27: "test_resume.py::test_two_runs_of_a_seed_agree_and_two_seeds_do_not",
     28: "test_probes.py::test_gradient_steps_per_environment_step",
@@ -100,7 +99,7 @@ PITFALLS = {
     31: "test_house.py::test_flags_are_annotated_honestly",
     32: "a plain line: torch.set_num_threads(args.threads)",
     33: "test_sac.py::test_cuda_graph_is_the_eager_update",
-    34: "no data parallelism",
+    34: "test_on_policy.py::test_two_ranks_learn_what_one_does",
     35: "test_faults.py::test_a_damaged_checkpoint_gives_way_to_the_one_before",
     36: "test_scripts.py",
 }

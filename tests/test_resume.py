@@ -12,7 +12,15 @@ from conftest import ROOT, command, rows
 # The environments that each algorithm is killed in, with one and with three environments side by side.
 CASES = [
     (ROOT / "algos" / f"{algo}.py", env, num_envs)
-    for algo, envs in {"sac": ["Pendulum-v1", "InvertedPendulum-v4", "Hopper-v4"]}.items()
+    for algo, envs in {
+        "sac": ["Pendulum-v1", "InvertedPendulum-v4", "Hopper-v4"],
+        "td3": ["Hopper-v4"],
+        "ddpg": ["Hopper-v4"],
+        "dqn": ["CartPole-v1"],
+        "vpg": ["CartPole-v1"],
+        "trpo": ["Hopper-v4"],
+        "ppo": ["Hopper-v4"],
+    }.items()
     for env in envs
     for num_envs in (1, 3)
 ]

@@ -131,8 +131,8 @@ def reference_step(agent, optimizers, batch, noises, args):
     for (s, a, r, d, s2), noise in zip(rows, noises[0]):
         with torch.no_grad():
             a2, log_prob = act(s2, noise)
-            y = r + args.gamma * (1 - d) * (min(q(agent.targets, k, s2, a2) for k in range(2)) - alpha * log_prob)
-        loss = loss + sum(0.5 * (q(agent.critics, k, s, a) - y) ** 2 for k in range(2)) / len(rows)
+            y = r + args.gamma * (1 - d) * (min(q(agent.target, k, s2, a2) for k in range(2)) - alpha * log_prob)
+        loss = loss + sum(0.5 * (q(agent.critic, k, s, a) - y) ** 2 for k in range(2)) / len(rows)
     critic_optimizer.zero_grad()
     loss.backward()
     critic_optimizer.step()
@@ -140,7 +140,7 @@ def reference_step(agent, optimizers, batch, noises, args):
     loss, log_probs = 0, []
     for (s, _, _, _, _), noise in zip(rows, noises[1]):
         a, log_prob = act(s, noise)
-        loss = loss + (alpha * log_prob - torch.minimum(*[q(agent.critics, k, s, a) for k in range(2)])) / len(rows)
+        loss = loss + (alpha * log_prob - torch.minimum(*[q(agent.critic, k, s, a) for k in range(2)])) / len(rows)
         log_probs.append(log_prob.item())
     actor_optimizer.zero_grad()
     loss.backward()
@@ -150,7 +150,7 @@ def reference_step(agent, optimizers, batch, noises, args):
     (-agent.log_alpha * (np.mean(log_probs) + agent.target_entropy)).backward()
     alpha_optimizer.step()
     with torch.no_grad():
-        for target, critic in zip(agent.targets.parameters(), agent.critics.parameters()):
+        for target, critic in zip(agent.target.parameters(), agent.critic.parameters()):
             target.copy_((1 - args.tau) * target + args.tau * critic)
 
 
@@ -160,7 +160,7 @@ def test_update_is_the_pseudocode(sac):
     torch.manual_seed(1)
     agent = sac.Agent(args, 3, [-2.0, 0.0], [2.0, 1.0], torch.device("cpu"))
     slow = copy.deepcopy(agent)
-    groups = (slow.critics.parameters(), 2e-2), (slow.actor.parameters(), 1e-2), ([slow.log_alpha], 1e-2)
+    groups = (slow.critic.parameters(), 2e-2), (slow.actor.parameters(), 1e-2), ([slow.log_alpha], 1e-2)
     optimizers = [torch.optim.Adam(parameters, lr=lr) for parameters, lr in groups]
     for seed in range(3):
         torch.manual_seed(100 + seed)
@@ -179,13 +179,13 @@ def test_the_actor_step_leaves_no_trace_in_the_critics(sac):
     args = sac.Args(hidden=(8,))
     agent = sac.Agent(args, 3, [-1.0], [1.0], torch.device("cpu"))
     _, log_prob, _ = agent.actor(torch.randn(4, 3))
-    before = [p.clone() for p in agent.critics.parameters()]
+    before = [p.clone() for p in agent.critic.parameters()]
     action, log_prob, _ = agent.actor(torch.randn(4, 3))
-    loss = sac.actor_loss(sac.q_values(agent.critics, torch.randn(4, 3), action), log_prob, 0.2)
+    loss = sac.actor_loss(sac.q_values(agent.critic, torch.randn(4, 3), action), log_prob, 0.2)
     sac.descend(agent.actor_optimizer, loss)
-    assert all(p.grad is None for p in agent.critics.parameters())
+    assert all(p.grad is None for p in agent.critic.parameters())
     assert all(p.grad is not None and p.grad.any() for p in agent.actor.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, agent.critics.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.critic.parameters()))
 
 
 @pytest.mark.parametrize("act_dim, target_entropy, expected", [(3, None, -3.0), (3, -0.5, -0.5)])

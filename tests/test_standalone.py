@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, load, run
+import tyro
+from conftest import ON_POLICY, ROOT, command, env_id, load, run, two
 
 ALONE = """
 import runpy, sys
@@ -19,10 +21,11 @@ assert not seen, seen
 """
 
 
-@pytest.mark.parametrize("env", ["Hopper-v4"])
-def test_a_copied_file_runs_alone(path, tmp_path, env):
+def test_a_copied_file_runs_alone(path, tmp_path):
     shutil.copy(path, tmp_path)
-    flags = ["--env-id", env, "--total-timesteps", "1000", "--learning-starts", "800", "--threads", "1"]
+    flags = ["--num-steps", "500", "--num-minibatches", "10"] if path in ON_POLICY else ["--learning-starts", "800"]
+    flags += ["--env-id", "CartPole-v1" if path.stem == "dqn" else "Hopper-v4", "--total-timesteps", "1000"]
+    flags += ["--threads", "1"]
     process = subprocess.run(
         [sys.executable, "-I", "-c", ALONE.format(root=str(ROOT)), path.name, *flags, "--run-dir", "run"],
         cwd=tmp_path,
@@ -37,11 +40,11 @@ def test_a_copied_file_runs_alone(path, tmp_path, env):
 
 
 @pytest.mark.slow
+@two
 def test_an_environment_of_ones_own_from_the_folder_one_is_in(path, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import gymnasium as gym\n"
-        "from gymnasium.envs.classic_control.pendulum import PendulumEnv\n"
-        "gym.register('Mine-v0', entry_point=PendulumEnv, max_episode_steps=50)\n"
+        f"gym.register('Mine-v0', entry_point=lambda: gym.make('{env_id(path)}').unwrapped, max_episode_steps=50)\n"
     )
     process = run(path, "--env-id", "mine:Mine-v0", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
@@ -54,9 +57,11 @@ def test_the_policy_loads_without_an_environment(path, tmp_path):
     assert process.returncode == 0, process.stderr
     module = load(path)
     policy, sampled = (module.load_policy(tmp_path / "run", deterministic=d) for d in (True, False))
-    obs = np.random.default_rng(0).normal(size=(4, 5, 3))
+    env = gym.make(env_id(path))
+    obs = np.random.default_rng(0).normal(size=(40, 50, *env.observation_space.shape))
     action = policy(obs)
-    assert isinstance(action, np.ndarray) and action.shape == (4, 5, 1) and (np.abs(action) <= 2).all()
+    assert isinstance(action, np.ndarray) and action.shape == (40, 50, *env.action_space.shape)
+    assert all(env.action_space.contains(one) for row in action for one in row)
     np.testing.assert_allclose(policy(obs[2, 3]), action[2, 3], rtol=1e-5, atol=1e-6)
     assert (policy(obs) == action).all() and (sampled(obs) != sampled(obs)).any()
 
@@ -66,17 +71,7 @@ def test_train_as_a_function(path, tmp_path):
     module = load(path)
     results = []
     for name in ("a", "b"):
-        args = module.Args(
-            env_id="Pendulum-v1",
-            total_timesteps=400,
-            learning_starts=200,
-            hidden=(16,),
-            batch_size=16,
-            threads=1,
-            eval_every=200,
-            eval_episodes=1,
-            run_dir=str(tmp_path / name),
-        )
-        results.append(module.train(args))
+        flags = command(path, "--total-timesteps", "400", "--run-dir", tmp_path / name)[2:]
+        results.append(module.train(tyro.cli(module.Args, args=flags)))
     a, b = ({k: v for k, v in result.items() if k != "wall" and k != "speed/sps"} for result in results)
     assert a == b and a["step"] == 400

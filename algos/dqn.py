@@ -1,0 +1,477 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "numpy>=2", "gymnasium[mujoco]>=1.4,<2", "mujoco<5", "tyro>=1,<2", "tqdm>=4.66"]
+# ///
+"""Deep Q-Network (DQN): Q-learning with a network, made stable by a memory and by a target that stands still.
+
+The network learns the return of each action from its own estimate of what comes after. Sampling from a memory breaks
+the correlation of what follows in time; a copy, renewed now and then, keeps the target from running off.
+
+Mnih et al. 2015, "Human-level control through deep reinforcement learning", https://doi.org/10.1038/nature14236
+van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning", https://arxiv.org/abs/1509.06461
+Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning", https://arxiv.org/abs/1511.06581
+
+    action values Q, their target Q', replay memory D; |A| actions
+    for each environment step t:
+        epsilon falls from start_e to end_e over the first `exploration_fraction` of all steps                   (1)
+        a = argmax_a Q(s, a), but uniform with probability epsilon
+        step the environment and store (s, a, r, d, s') in D: d is 1 where it terminated, 0 where time cut it short
+        at every `train_frequency`-th step after the first `learning_starts`, on a batch of D:
+            y = r + gamma (1 - d) max_a' Q'(s', a')                                                              (2)
+            y = r + gamma (1 - d) Q'(s', argmax_a' Q(s', a'))   under --double                                   (3)
+            Q descends                    mean huber(Q(s, a) - y)                                                (4)
+        at every `target_network_frequency`-th step after these:
+            Q' moves to                   Q' + tau (Q - Q')                                                      (5)
+
+    Q(s, a) = V(s) + A(s, a) - mean_a A(s, a), V and A two heads of one network, under --dueling                 (6)
+
+    python algos/dqn.py --env-id CartPole-v1           or, in Python:   from dqn import Args, load_policy, train
+    python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
+
+RESULT
+
+Metrics: loss/critic (4); value/mean, Q of the last batch; explore/epsilon (1); episode/*, training episodes as they
+end; eval/*, greedy episodes; speed/sps, environment steps a second since the run began, everything included.
+
+What matters beyond the equations:
+ 1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
+ 2. (1) is a function of the step, and reaches end_e at the step it should; each environment draws for itself.
+ 3. The target moves by environment steps too, whatever `train_frequency` is, and not before learning starts.
+ 4. (4) is square up to an error of 1, then linear: one surprising transition cannot tear the network.
+ 5. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
+ 6. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
+"""
+
+# Shapes: B batch, N environments, O observation, A actions to choose from.
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+ALGO = "dqn"
+
+
+@dataclass
+class Args:
+    """Deep Q-Network. A step is one step of one environment."""
+
+    learning_starts: int = 1_000  # steps before learning begins
+    buffer_size: int = 100_000  # transitions in the replay memory
+    batch_size: int = 128  # transitions in a gradient step
+    train_frequency: int = 2  # environment steps per gradient step
+    gamma: float = 0.99  # discount
+    tau: float = 1.0  # how far the target moves when it does
+    target_network_frequency: int = 500  # environment steps between moves of the target
+    learning_rate: float = 1e-3  # of the network
+    start_e: float = 1.0  # probability of a random action at the first step
+    end_e: float = 0.05  # the same at the end of its fall
+    exploration_fraction: float = 0.2  # of all steps, how many that fall takes
+    double: bool = False  # choose the target's action by the network, not by its target
+    dueling: bool = False  # sum the action values from a state value and advantages
+    hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers
+    activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # non-linearity between layers
+
+    env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports the module first
+    exp_name: str = ALGO  # part of the run folder's name
+    seed: int = 1  # of everything random
+    total_timesteps: int = 1_000_000  # environment steps, all environments together
+    num_envs: int = 1  # environments side by side
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one
+    threads: int = 1  # CPU threads of torch
+    run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # go on from the last checkpoint in --run-dir
+    eval_every: int = 10_000  # steps between evaluations; 0 for none, not even at the end
+    eval_episodes: int = 10  # episodes in an evaluation
+    checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
+    capture_video: bool = False  # film an episode of every evaluation into videos/
+    compile: bool = False  # torch.compile the update
+    cuda_graph: bool = True  # on CUDA, capture the update as a graph
+
+
+ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "tanh": nn.Tanh(), "elu": nn.ELU(inplace=True), "silu": nn.SiLU()}
+
+
+def mlp(sizes, activation, layer=nn.Linear):
+    """Layers of `sizes` with `activation` between them: [..., sizes[0]] -> [..., sizes[-1]]."""
+    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (layer(i, o), ACTIVATIONS[activation])]
+    return nn.Sequential(*layers[:-1])
+
+
+class QNetwork(nn.Module):
+    """obs [..., O] -> action values [..., A]."""
+
+    def __init__(self, obs_dim, actions, hidden, activation, dueling):
+        super().__init__()
+        self.init = {"obs_dim": obs_dim, "actions": actions, "hidden": hidden, "activation": activation}
+        self.init["dueling"] = self.dueling = dueling
+        self.net = mlp((obs_dim, *hidden, actions + dueling), activation)
+
+    def forward(self, obs):
+        q = self.net(obs)
+        return dueling_values(q[..., :1], q[..., 1:]) if self.dueling else q
+
+    @torch.no_grad()
+    def act(self, obs, epsilon=0.0):
+        """In numpy, greedy but with probability epsilon: obs [..., O] -> action [...]."""
+        weight = next(self.parameters())
+        q = self(torch.as_tensor(obs, dtype=torch.float32, device=weight.device))
+        explore = torch.rand(q.shape[:-1], device=q.device) < epsilon
+        uniform = torch.randint(q.shape[-1], explore.shape, device=q.device)
+        return torch.where(explore, uniform, q.argmax(-1)).cpu().numpy()
+
+
+def dueling_values(value, advantage):
+    """(6): value [..., 1], advantage [..., A] -> action values [..., A]."""
+    return value + advantage - advantage.mean(-1, keepdim=True)
+
+
+def linear_schedule(start, end, duration, step):
+    """(1): from `start` at step 0 to `end` at step `duration`, and from there on."""
+    return start + (end - start) * min(step / max(duration, 1), 1.0)
+
+
+def q_target(reward, terminated, next_q, gamma):
+    """(2), (3): next_q, of the action chosen, and the others [B] -> y [B]."""
+    return reward + gamma * (1 - terminated) * next_q
+
+
+def critic_loss(q, y):
+    """(4): q [B], y [B] -> scalar."""
+    return nn.functional.smooth_l1_loss(q, y)
+
+
+class Agent(nn.Module):
+    """All that learns."""
+
+    def __init__(self, args, obs_dim, actions, device):
+        super().__init__()
+        self.args, self.columns = args, (obs_dim, 1, 1, 1, obs_dim)  # of a batch
+        critic = partial(QNetwork, obs_dim, actions, args.hidden, args.activation, args.dueling)
+        self.critic, self.target = critic(), critic().requires_grad_(False)
+        self.target.load_state_dict(self.critic.state_dict())
+        self.to(device)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
+        self.optimizer = adam(self.critic.parameters(), lr=args.learning_rate)
+
+    def update(self, batch):
+        """A gradient step on rows (s, a, r, d, s') [B, 2 O + 3]; returns scalar tensors to log."""
+        obs, action, reward, terminated, next_obs = batch.split(self.columns, -1)
+        with torch.no_grad():
+            next_q = self.target(next_obs)  # [B, A]
+            choice = (self.critic(next_obs) if self.args.double else next_q).argmax(-1, keepdim=True)  # [B, 1]
+            y = q_target(reward[:, 0], terminated[:, 0], next_q.gather(-1, choice)[:, 0], self.args.gamma)  # (2), (3)
+        q = self.critic(obs).gather(-1, action.long())[:, 0]  # [B]
+        loss = critic_loss(q, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()  # (4)
+        return {"loss/critic": loss.detach(), "value/mean": q.detach().mean()}
+
+    @torch.no_grad()
+    def move_target(self):
+        """(5)"""
+        torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.args.tau)
+
+
+# ==== plumbing: the same text in every file ===========================================================================
+def start(args, above_0, at_least_0, at_most_1):
+    """Check the flags that are numbers, given by name, set threads and seed, and return the device."""
+    above_0 += " total_timesteps num_envs threads eval_episodes"
+    at_least_0 += " seed eval_every checkpoint_every"
+    rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
+    for names, least, most, rule in rules:
+        if bad := [n for n in names.split() if not all(least <= x <= most for x in np.atleast_1d(getattr(args, n)))]:
+            sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
+    if args.resume and not args.run_dir:
+        sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
+    device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def make_env(args, film=None):
+    """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
+    warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
+    if film and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
+    if film:
+        env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode % args.eval_episodes == 0)
+    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+class Run:
+    """A run folder: one writer, metrics.jsonl as the source of truth, checkpoints that outlive a kill at any moment."""
+
+    def __init__(self, args, actor, parts):
+        """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
+        try:
+            if os.name == "posix":  # elsewhere a second writer goes unnoticed
+                importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
+        except OSError:
+            sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
+        flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
+        if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
+            sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
+        saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
+        saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
+        if changed := [f"{k} {saved.get(k)}" for k in fixed if flags[k] != saved.get(k) and k != "total_timesteps"]:
+            sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
+        self.restore()
+        versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
+        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
+        self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0):
+            print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
+        self.mirror = lambda row: None
+        if args.track == "tensorboard":
+            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
+            self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
+        elif args.track != "none":
+            os.environ.setdefault("WANDB_RUN_ID", self.dir.name)  # so that a resumed run is the same run there
+            tracker = importlib.import_module(args.track)
+            tracker.init(project="onefile", name=self.dir.name, config=flags, resume="allow")
+            self.mirror = lambda row: tracker.log(row, step=self.step)
+        self.write("config.json", config | {"versions": {"python": sys.version.split()[0]} | versions})
+
+    def restore(self):
+        """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
+        self.step, seconds, self.last, size = 0, 0.0, {}, 0
+        paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt") if (path := self.dir / name).exists()]
+        for path in paths:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                self.step, seconds, self.last, size = state["run"]
+                for name, part in self.parts.items():
+                    (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
+                for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
+                    set_rng_state(rng)
+            except Exception as error:  # whatever a damaged file leads to
+                print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
+                continue
+            os.replace(path, paths[0])  # or the next checkpoint would keep a damaged file and drop this one
+            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
+            break
+        else:
+            if paths:
+                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away to begin anew")
+        self.began = time.monotonic() - seconds
+        self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
+        (self.dir / "result.json").unlink(missing_ok=True)
+
+    def write(self, name, content):
+        """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
+        new = self.dir / f"{name}.new"
+        try:
+            with open(new, "wb") as file:
+                torch.save(content, file) if name.endswith(".pt") else file.write(
+                    json.dumps(content, indent=1).encode()
+                )
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            new.unlink(missing_ok=True)
+            sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
+        os.replace(new, self.dir / name)
+
+    def save(self):
+        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt."""
+        state = {k: v[: self.step].clone() if torch.is_tensor(v) else v.state_dict() for k, v in self.parts.items()}
+        if not all(value.isfinite().all() for value in state["agent"].values()):
+            sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
+        os.fsync(self.metrics.fileno())
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
+        run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+        if (path := self.dir / "checkpoint.pt").exists():
+            os.replace(path, self.dir / "checkpoint.prev.pt")
+        self.write("checkpoint.pt", state | {"run": run, "rng": rng})
+        if self.interrupted and self.step < self.total:
+            sys.exit(f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on, but differs")
+
+    def steps(self, stride):
+        """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
+        self.stride, self.interrupted, tty = stride, False, sys.stderr.isatty()
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
+        bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=None if tty else open(os.devnull, "w"))
+        try:
+            for self.step in range(self.step + stride, self.total + stride, stride):
+                yield self.step
+                bar.set_postfix_str(f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False)
+                bar.update(stride)
+                if not tty and self.due(10_000):
+                    print(bar, flush=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def due(self, every):
+        """Whether this round reached a multiple of `every`, or is the last."""
+        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+
+    def log(self, row):
+        """Append a row to metrics.jsonl and mirror it; a number that is not finite ends the run."""
+        row = {name: float(value) for name, value in row.items()}
+        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+            sys.exit(f"error: {', '.join(bad)} not finite at step {self.step}: lower the learning rates")
+        self.mirror(row)
+        row = {"step": self.step, "wall": round(time.monotonic() - self.began, 3), **row}
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.last |= row
+
+    def observe(self, next_obs, reward, info):
+        """Log the episodes that ended; return the true next observations [N, O], where next_obs has those of resets."""
+        true_obs, ended = next_obs.copy(), np.flatnonzero(info.get("_final_obs", []))
+        for i in ended:
+            true_obs[i] = info["final_obs"][i]
+        if not np.isfinite(np.column_stack((true_obs, next_obs, reward)).astype(np.float32)).all():
+            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
+        for i in ended:
+            episode = info["final_info"]["episode"]
+            self.log({"episode/return": episode["r"][i], "episode/length": episode["l"][i]})
+        return true_obs
+
+    def seeds(self, n, stream=0):
+        """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
+        return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+
+
+# ==== end of plumbing =================================================================================================
+def evaluate(run):
+    """--eval-episodes deterministic episodes, in an environment and from seeds of their own."""
+    episodes = []
+    run.args.capture_video and run.eval_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
+    for seed in run.seeds(run.args.eval_episodes, stream=1):
+        obs, info = run.eval_env.reset(seed=seed)
+        while "episode" not in info:  # where the statistics stand at its end
+            obs, _, _, _, info = run.eval_env.step(run.actor.act(obs))
+        episodes.append((info["episode"]["r"], info["episode"]["l"]))
+    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
+    best = max(mean, run.last.get("eval/best", mean))
+    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
+    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, the best so far {best:.1f}")
+
+
+def load_policy(run_dir, deterministic=True):
+    """What a run left in its policy.pt: a function obs [..., O] -> action [...], in numpy. Needs no environment."""
+    saved = torch.load(Path(run_dir) / "policy.pt", map_location="cpu", weights_only=True)
+    critic = QNetwork(**saved["init"])
+    critic.load_state_dict(saved["actor"])
+    return partial(critic.act, epsilon=0.0 if deterministic else saved["args"]["end_e"])
+
+
+class CudaGraph:
+    """`update`: called as it is three times, since capture wants it warm, then captured once and replayed."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls < 4:
+            return self.update(batch)
+        if self.calls == 4:
+            self.batch = batch.clone()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update(self.batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        return self.metrics
+
+
+def train(args):
+    """Run DQN as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
+    above_0 = "buffer_size batch_size train_frequency target_network_frequency tau learning_rate hidden"
+    device = start(args, above_0, "learning_starts", "gamma tau start_e end_e exploration_fraction")
+    envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * args.num_envs, autoreset_mode="SameStep")
+    space, n = envs.single_action_space, args.num_envs
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, and {args.env_id} has {space}: try sac, td3, ppo")
+    obs_dim = envs.single_observation_space.shape[0]
+    agent = Agent(args, obs_dim, int(space.n), device)
+    memory = torch.empty(args.buffer_size, 2 * obs_dim + 3, device=device)  # rows (s, a, r, d, s')
+    run = Run(args, agent.critic, {"agent": agent, "memory": memory, "optimizer": agent.optimizer})
+    update = torch.compile(agent.update) if args.compile else agent.update
+    update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" else update
+
+    (obs, _), metrics = envs.reset(seed=run.seeds(n)), {}
+    for step in run.steps(n):
+        # Act. Step t has row t mod capacity, so the memory needs no counters.
+        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
+        action = agent.critic.act(obs, epsilon)
+        next_obs, reward, terminated, truncated, info = envs.step(action)
+        true_obs = run.observe(next_obs, reward, info)  # s'
+        rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
+        memory[torch.arange(step - n, step, device=device) % len(memory)] = torch.from_numpy(rows).to(device)
+        obs = next_obs
+
+        # Learn, and move the target, each in its own rhythm of steps.
+        learnt = [max(0, t - args.learning_starts) for t in (step - n, step)]
+        for _ in range(*(t // args.train_frequency for t in learnt)):
+            index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)
+            metrics = update(memory.index_select(0, index))
+        for _ in range(*(t // args.target_network_frequency for t in learnt)):
+            agent.move_target()
+
+        # Report, and make it safe.
+        if run.due(1000):
+            run.log(metrics | {"explore/epsilon": epsilon, "speed/sps": step / (time.monotonic() - run.began)})
+        if args.eval_every and run.due(args.eval_every):
+            evaluate(run)
+        if run.interrupted or run.due(args.checkpoint_every):
+            run.save()
+            (obs, _), metrics = envs.reset(seed=run.seeds(n)), {}
+    run.write("result.json", run.last)
+    run.eval_env.close()
+    run.metrics.close()
+    return run.last
+
+
+def main():
+    """train() with the flags typed; under --resume the others are the run's own."""
+    args = tyro.cli(Args)
+    try:
+        if args.resume and args.run_dir and (config := Path(args.run_dir, "config.json")).exists():
+            saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
+            args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
+        train(args)
+    except (OSError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

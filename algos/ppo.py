@@ -1,0 +1,642 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "numpy>=2", "gymnasium[mujoco]>=1.4,<2", "mujoco<5", "tyro>=1,<2", "tqdm>=4.66"]
+# ///
+"""Proximal Policy Optimization (PPO): many steps on the same data, none of which may go far.
+
+A policy gradient is right only for the policy that collected the data. PPO takes many steps on it all the same, and
+clips the objective where new and old probability differ too much: to go further gains nothing.
+
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347
+
+    policy pi, value function V
+    for each rollout of `num_steps` steps of each environment, (s, a, r, d, s') with d 1 where it terminated:
+        a ~ pi(. | s)
+        delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                                         (1)
+        A_t = delta_t + gamma gae_lambda A_t+1, where no episode ended at t; R_t = A_t + V(s_t)                  (2)
+        for each of `update_epochs` epochs, for each of `num_minibatches` parts of the rollout, drawn anew:
+            w = pi(a | s) / pi_old(a | s)                                                                        (3)
+            pi descends               mean -min(w A, clip(w, 1 - clip_coef, 1 + clip_coef) A)                    (4)
+            V descends                mean 1/2 (V(s) - R)^2                                                      (5)
+            together                  (4) + vf_coef (5) - ent_coef mean entropy of pi(. | s)                     (6)
+
+    python algos/ppo.py --env-id Hopper-v4             or, in Python:   from ppo import Args, load_policy, train
+    python algos/ppo.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
+    torchrun --nproc-per-node 4 algos/ppo.py --num-envs 8      shares the environments among four processes
+
+RESULT
+
+Metrics, means over the last epoch: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl from old to
+new, policy/clip_frac, how often (4) was clipped; episode/*, training episodes as they end; eval/*, deterministic
+episodes; speed/sps, environment steps a second since the run began, everything included.
+
+What matters beyond the equations:
+ 1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
+ 2. Advantages are normalised in each minibatch, which makes `clip_coef` and the learning rate fit any reward.
+ 3. Observations and rewards are normalised by running statistics, moved only between rollouts: old and new
+    probabilities of (3) see the same s. They are saved with the policy and stand still in evaluation.
+ 4. A minibatch takes equally from every environment, so that ranks can share it.
+ 5. The policy's last layer starts at a hundredth of its size: all actions are about equally likely at first.
+ 6. Gradients are clipped to norm `max_grad_norm`, and the learning rate falls linearly to 0 over the run.
+ 7. A step is one step of one environment, all ranks together; the run is rounded up to whole rollouts.
+ 8. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
+"""
+
+# Shapes: T steps of a rollout, N environments of this rank, O observation, A action, B batch, P parameters.
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import distributed, nn
+from torch.distributions import Categorical, Independent, Normal
+from tqdm import tqdm
+
+ALGO = "ppo"
+
+
+@dataclass
+class Args:
+    """Proximal Policy Optimization. A step is one step of one environment."""
+
+    num_steps: int = 2048  # steps of each environment in a rollout
+    update_epochs: int = 10  # times that a rollout is gone through
+    num_minibatches: int = 32  # parts in which it is
+    learning_rate: float = 3e-4  # of policy and value function
+    anneal_lr: bool = True  # let the learning rate fall to 0 over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # weight of the later steps in the advantage
+    clip_coef: float = 0.2  # how far the ratio of probabilities may leave 1
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    ent_coef: float = 0.0  # weight of the entropy
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # norm that gradients are clipped to
+    target_kl: float | None = None  # an epoch whose mean KL is above is the rollout's last
+    norm_obs: bool = True  # normalise observations by running statistics
+    norm_reward: bool = True  # scale rewards by the running spread of their discounted sum
+    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers
+    activation: Literal["relu", "tanh", "elu", "silu"] = "tanh"  # non-linearity between layers
+
+    env_id: str = "Hopper-v4"  # gymnasium id; module:Name-v0 imports the module first
+    exp_name: str = ALGO  # part of the run folder's name
+    seed: int = 1  # of everything random
+    total_timesteps: int = 1_000_000  # environment steps, all environments together
+    num_envs: int = 1  # environments side by side
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one
+    threads: int = 1  # CPU threads of torch
+    run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # go on from the last checkpoint in --run-dir
+    eval_every: int = 10_000  # steps between evaluations; 0 for none, not even at the end
+    eval_episodes: int = 10  # episodes in an evaluation
+    checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
+    capture_video: bool = False  # film an episode of every evaluation into videos/
+    compile: bool = False  # torch.compile the update
+    cuda_graph: bool = True  # on CUDA, capture the update as a graph
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU}
+
+
+def mlp(sizes, activation, gain):
+    """Layers of `sizes`, the last drawn with `gain`, `activation` between: [..., sizes[0]] -> [..., sizes[-1]]."""
+    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (nn.Linear(i, o), ACTIVATIONS[activation]())][:-1]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+
+
+def collective(operation, x):
+    """What all ranks take part in, or one sentence where they are no longer all there."""
+    try:
+        operation(x)
+    except RuntimeError as error:
+        sys.exit(f"error: rank {RANK} has lost another one ({error}): see what ended that, then --resume")
+
+
+def mean_over_ranks(x):
+    """The average of a tensor over all ranks, in place."""
+    if RANKS > 1:
+        collective(distributed.all_reduce, x)
+        x /= RANKS
+    return x
+
+
+def standardize(x):
+    """x [B] less its mean, over its standard deviation, both over all ranks."""
+    x = x - mean_over_ranks(x.mean())
+    return x / (mean_over_ranks(x.square().mean()).sqrt() + 1e-8)
+
+
+def descend(optimizer, loss, max_norm):
+    """One step of `optimizer` on the gradient, averaged over the ranks and clipped to norm `max_norm`."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradient = mean_over_ranks(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+    for parameter, g in zip(parameters, gradient.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = g.view_as(parameter)
+    optimizer.step()
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance, [..., D] -> the same with mean 0 and variance 1, clipped to 10."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+    def update(self, x):
+        """Take in x [T, N, D], as Chan et al. 1983 merge two sets of numbers."""
+        mean = mean_over_ranks(x.mean((0, 1)))
+        var = mean_over_ranks((x - mean).square().mean((0, 1)))
+        n = x[..., 0].numel() * RANKS
+        share, delta = n / (self.count + n), mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var + (1 - share) * delta.square())
+        self.count += n
+
+
+class Actor(nn.Module):
+    """The policy: obs [..., O] -> a distribution over `act_dim` actions, or [..., A] in half widths of their box."""
+
+    def __init__(self, obs_dim, act_dim, low, high, hidden, activation, norm_obs):
+        """`low` and `high` are the box's bounds, and None for a choice among act_dim actions."""
+        super().__init__()
+        self.init = {"obs_dim": obs_dim, "act_dim": act_dim, "low": low, "high": high, "hidden": hidden}
+        self.init |= {"activation": activation, "norm_obs": norm_obs}
+        self.normalize = Normalizer(obs_dim) if norm_obs else nn.Identity()
+        self.net = mlp((obs_dim, *hidden, act_dim), activation, 0.01)
+        self.discrete = low is None
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.zeros(act_dim))
+            self.register_buffer("low", torch.tensor(low))
+            self.register_buffer("high", torch.tensor(high))
+
+    def forward(self, obs):
+        head = self.net(self.normalize(obs))
+        return Categorical(logits=head) if self.discrete else Independent(Normal(head, self.log_std.exp()), 1)
+
+    def noise(self, *shape):
+        """What `choose` turns into samples: [*shape, A]; on the CPU, so that it is the same on every device."""
+        shape = *shape, self.init["act_dim"]
+        return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape)
+
+    @torch.no_grad()
+    def choose(self, obs, noise):
+        """obs [..., O], noise [..., A] -> a sample of the policy [...] or [..., A]; without noise, its mode."""
+        head = self.net(self.normalize(obs))
+        return (head + noise).argmax(-1) if self.discrete else head + self.log_std.exp() * noise
+
+    def to_env(self, action):
+        """The action [...] or [..., A] in numpy, as the environment takes it."""
+        if not self.discrete:
+            bounded = (self.high - self.low).isfinite()
+            scaled = self.low + (self.high - self.low) * (1 + action) / 2
+            action = torch.where(bounded, scaled, action).clamp(self.low, self.high)
+        return action.cpu().numpy()
+
+    def act(self, obs, deterministic=True):
+        """obs [..., O] -> action [...] or [..., A], in numpy."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.net[0].weight.device)
+        noise = 0.0 if deterministic else self.noise(*obs.shape[:-1]).to(obs.device)
+        return self.to_env(self.choose(obs, noise))
+
+
+def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda):
+    """(1), (2): all [T, N], next_value of the last observation where an episode ended -> advantages [T, N]."""
+    delta = reward + gamma * (1 - terminated) * next_value - value
+    advantage, decay = delta.cpu().numpy(), (gamma * gae_lambda * (1 - ended)).cpu().numpy()
+    for t in range(len(delta) - 2, -1, -1):  # in numpy: many small steps are cheap there
+        advantage[t] += decay[t] * advantage[t + 1]
+    return torch.from_numpy(advantage).to(delta.device)
+
+
+def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
+    """(3), (4): all [B] -> scalar."""
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+
+
+def value_loss(value, target):
+    """(5): value [B], target [B] -> scalar."""
+    return 0.5 * (value - target).square().mean()
+
+
+class Agent(nn.Module):
+    """All that learns."""
+
+    def __init__(self, args, obs_dim, act_dim, low, high, device):
+        super().__init__()
+        self.args = args
+        self.actor = Actor(obs_dim, act_dim, low, high, args.hidden, args.activation, args.norm_obs)
+        self.critic = mlp((obs_dim, *args.hidden, 1), args.activation, 1.0)
+        self.returns = Normalizer(1)
+        self.columns = (obs_dim, 1 if low is None else act_dim, 1, 1, 1)  # of a batch
+        self.to(device)
+        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=rate, eps=1e-5, fused=True, capturable=True)
+
+    def value(self, obs):
+        """obs [..., O] -> V(s) [...]."""
+        return self.critic(self.actor.normalize(obs)).squeeze(-1)
+
+    def log_prob(self, distribution, action):
+        return distribution.log_prob(action[..., 0] if self.actor.discrete else action)
+
+    @torch.no_grad()
+    def prepare(self, obs, action, reward, terminated, ended, next_obs):
+        """A rollout, [T, N] or [T, N, .] each -> rows (s, a, log pi(a | s), A, R) [T, N, O + A + 3]."""
+        value = self.value(obs)
+        if self.args.norm_reward:
+            reward = (reward / (self.returns.var + 1e-8).sqrt()).clamp(-10, 10)
+        next_value, (gamma, gae_lambda) = self.value(next_obs), (self.args.gamma, self.args.gae_lambda)
+        advantage = gae(reward, value, next_value, terminated, ended, gamma, gae_lambda)
+        log_prob = self.log_prob(self.actor(obs), action)
+        return torch.cat((obs, action, torch.stack((log_prob, advantage, advantage + value), -1)), -1)
+
+    def update(self, batch):
+        """A gradient step of everything, on rows (s, a, log pi(a | s), A, R) [B, O + A + 3]; returns scalar tensors."""
+        obs, action, *rest = batch.split(self.columns, -1)
+        old_log_prob, advantage, target = (x[:, 0] for x in rest)
+        advantage = standardize(advantage) if self.args.norm_adv else advantage
+        distribution, value = self.actor(obs), self.value(obs)
+        log_prob, entropy = self.log_prob(distribution, action), distribution.entropy().mean()
+        loss_pi = policy_loss(log_prob, old_log_prob, advantage, self.args.clip_coef)  # (4)
+        loss_v = value_loss(value, target)  # (5)
+        loss = loss_pi + self.args.vf_coef * loss_v - self.args.ent_coef * entropy
+        descend(self.optimizer, loss, self.args.max_grad_norm)  # (6)
+        log_ratio = (log_prob - old_log_prob).detach()
+        metrics = {"loss/policy": loss_pi, "loss/value": loss_v, "value/mean": value.mean(), "policy/entropy": entropy}
+        metrics["policy/kl"] = (log_ratio.expm1() - log_ratio).mean()
+        metrics["policy/clip_frac"] = (log_ratio.expm1().abs() > self.args.clip_coef).float().mean()
+        return {name: x.detach() for name, x in metrics.items()}
+
+
+# ==== plumbing: the same text in every file ===========================================================================
+def start(args, above_0, at_least_0, at_most_1):
+    """Check the flags that are numbers, given by name, set threads and seed, and return the device."""
+    above_0 += " total_timesteps num_envs threads eval_episodes"
+    at_least_0 += " seed eval_every checkpoint_every"
+    rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
+    for names, least, most, rule in rules:
+        if bad := [n for n in names.split() if not all(least <= x <= most for x in np.atleast_1d(getattr(args, n)))]:
+            sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
+    if args.resume and not args.run_dir:
+        sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
+    device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def make_env(args, film=None):
+    """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
+    warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
+    if film and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
+    if film:
+        env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode % args.eval_episodes == 0)
+    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+class Run:
+    """A run folder: one writer, metrics.jsonl as the source of truth, checkpoints that outlive a kill at any moment."""
+
+    def __init__(self, args, actor, parts):
+        """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
+        try:
+            if os.name == "posix":  # elsewhere a second writer goes unnoticed
+                importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
+        except OSError:
+            sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
+        flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
+        if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
+            sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
+        saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
+        saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
+        if changed := [f"{k} {saved.get(k)}" for k in fixed if flags[k] != saved.get(k) and k != "total_timesteps"]:
+            sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
+        self.restore()
+        versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
+        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
+        self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0):
+            print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
+        self.mirror = lambda row: None
+        if args.track == "tensorboard":
+            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
+            self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
+        elif args.track != "none":
+            os.environ.setdefault("WANDB_RUN_ID", self.dir.name)  # so that a resumed run is the same run there
+            tracker = importlib.import_module(args.track)
+            tracker.init(project="onefile", name=self.dir.name, config=flags, resume="allow")
+            self.mirror = lambda row: tracker.log(row, step=self.step)
+        self.write("config.json", config | {"versions": {"python": sys.version.split()[0]} | versions})
+
+    def restore(self):
+        """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
+        self.step, seconds, self.last, size = 0, 0.0, {}, 0
+        paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt") if (path := self.dir / name).exists()]
+        for path in paths:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                self.step, seconds, self.last, size = state["run"]
+                for name, part in self.parts.items():
+                    (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
+                for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
+                    set_rng_state(rng)
+            except Exception as error:  # whatever a damaged file leads to
+                print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
+                continue
+            os.replace(path, paths[0])  # or the next checkpoint would keep a damaged file and drop this one
+            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
+            break
+        else:
+            if paths:
+                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away to begin anew")
+        self.began = time.monotonic() - seconds
+        self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
+        (self.dir / "result.json").unlink(missing_ok=True)
+
+    def write(self, name, content):
+        """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
+        new = self.dir / f"{name}.new"
+        try:
+            with open(new, "wb") as file:
+                torch.save(content, file) if name.endswith(".pt") else file.write(
+                    json.dumps(content, indent=1).encode()
+                )
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            new.unlink(missing_ok=True)
+            sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
+        os.replace(new, self.dir / name)
+
+    def save(self):
+        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt."""
+        state = {k: v[: self.step].clone() if torch.is_tensor(v) else v.state_dict() for k, v in self.parts.items()}
+        if not all(value.isfinite().all() for value in state["agent"].values()):
+            sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
+        os.fsync(self.metrics.fileno())
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
+        run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+        if (path := self.dir / "checkpoint.pt").exists():
+            os.replace(path, self.dir / "checkpoint.prev.pt")
+        self.write("checkpoint.pt", state | {"run": run, "rng": rng})
+        if self.interrupted and self.step < self.total:
+            sys.exit(f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on, but differs")
+
+    def steps(self, stride):
+        """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
+        self.stride, self.interrupted, tty = stride, False, sys.stderr.isatty()
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
+        bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=None if tty else open(os.devnull, "w"))
+        try:
+            for self.step in range(self.step + stride, self.total + stride, stride):
+                yield self.step
+                bar.set_postfix_str(f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False)
+                bar.update(stride)
+                if not tty and self.due(10_000):
+                    print(bar, flush=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def due(self, every):
+        """Whether this round reached a multiple of `every`, or is the last."""
+        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+
+    def log(self, row):
+        """Append a row to metrics.jsonl and mirror it; a number that is not finite ends the run."""
+        row = {name: float(value) for name, value in row.items()}
+        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+            sys.exit(f"error: {', '.join(bad)} not finite at step {self.step}: lower the learning rates")
+        self.mirror(row)
+        row = {"step": self.step, "wall": round(time.monotonic() - self.began, 3), **row}
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.last |= row
+
+    def observe(self, next_obs, reward, info):
+        """Log the episodes that ended; return the true next observations [N, O], where next_obs has those of resets."""
+        true_obs, ended = next_obs.copy(), np.flatnonzero(info.get("_final_obs", []))
+        for i in ended:
+            true_obs[i] = info["final_obs"][i]
+        if not np.isfinite(np.column_stack((true_obs, next_obs, reward)).astype(np.float32)).all():
+            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
+        for i in ended:
+            episode = info["final_info"]["episode"]
+            self.log({"episode/return": episode["r"][i], "episode/length": episode["l"][i]})
+        return true_obs
+
+    def seeds(self, n, stream=0):
+        """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
+        return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+
+
+# ==== end of plumbing =================================================================================================
+class Follower(Run):
+    """The Run of a rank above 0: it writes nothing, and `join` brings it where rank 0 is."""
+
+    def __init__(self, args, actor, parts):
+        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
+        self.step, self.last, self.began, self.interrupted = 0, {}, time.monotonic(), False
+        self.eval_env, self.metrics = make_env(args), open(os.devnull, "ab")
+
+    def steps(self, stride):
+        self.stride = stride
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
+        for self.step in range(self.step + stride, self.total + stride, stride):
+            yield self.step
+
+    def save(self):
+        self.interrupted and sys.exit(1)
+
+    def log(self, *_):
+        pass
+
+    write = log
+
+
+def join(run):
+    """Send what rank 0 restored to the others."""
+    state = [run.step, torch.get_rng_state(), {name: part.state_dict() for name, part in run.parts.items()}]
+    collective(distributed.broadcast_object_list, state)
+    run.step, rng, parts = state
+    torch.set_rng_state(rng)
+    for name, part in run.parts.items():
+        part.load_state_dict(parts[name])
+
+
+def evaluate(run):
+    """--eval-episodes deterministic episodes, in an environment and from seeds of their own."""
+    episodes = []
+    run.args.capture_video and run.eval_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
+    for seed in run.seeds(run.args.eval_episodes, stream=1):
+        obs, info = run.eval_env.reset(seed=seed)
+        while "episode" not in info:  # where the statistics stand at its end
+            obs, _, _, _, info = run.eval_env.step(run.actor.act(obs))
+        episodes.append((info["episode"]["r"], info["episode"]["l"]))
+    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
+    best = max(mean, run.last.get("eval/best", mean))
+    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
+    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, the best so far {best:.1f}")
+
+
+def load_policy(run_dir, deterministic=True):
+    """What a run left in its policy.pt: a function obs [..., O] -> action [...] or [..., A], in numpy."""
+    saved = torch.load(Path(run_dir) / "policy.pt", map_location="cpu", weights_only=True)
+    actor = Actor(**saved["init"])
+    actor.load_state_dict(saved["actor"])
+    return partial(actor.act, deterministic=deterministic)
+
+
+class CudaGraph:
+    """`update`: called as it is three times, since capture wants it warm, then captured once and replayed."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls < 4:
+            return self.update(batch)
+        if self.calls == 4:
+            self.batch = batch.clone()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update(self.batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        return self.metrics
+
+
+def train(args):
+    """Run PPO as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
+    above_0 = "num_steps update_epochs num_minibatches learning_rate clip_coef max_grad_norm hidden"
+    if RANKS > 1 and not distributed.is_initialized():
+        if args.device == "auto" and torch.cuda.is_available():
+            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    device = start(args, above_0, "ent_coef vf_coef", "gamma gae_lambda")
+    if args.num_envs % RANKS:
+        sys.exit(f"error: --num-envs {args.num_envs} cannot be shared by {RANKS} ranks: choose a multiple of {RANKS}")
+    if args.num_steps % args.num_minibatches:
+        fits = [m for m in range(1, args.num_steps + 1) if args.num_steps % m == 0]
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} must divide --num-steps {args.num_steps}: {fits} do")
+    stride, n = args.num_steps * args.num_envs, args.num_envs // RANKS
+    if args.norm_adv and stride == args.num_minibatches:
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} leaves one step in each, which cannot be normalised")
+    args = replace(args, total_timesteps=math.ceil(args.total_timesteps / stride) * stride)
+    envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * n, autoreset_mode="SameStep")
+    space, mine = envs.single_action_space, slice(RANK * n, RANK * n + n)
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        box = int(space.n), None, None
+    elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
+        box = space.shape[0], space.low.tolist(), space.high.tolist()
+    else:
+        sys.exit(f"error: {ALGO} needs actions Discrete(n) or in a flat Box of floats, and {args.env_id} has {space}")
+    agent = Agent(args, envs.single_observation_space.shape[0], *box, device)
+    run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent, "optimizer": agent.optimizer})
+    if RANKS > 1:
+        join(run)
+    update = torch.compile(agent.update) if args.compile else agent.update
+    update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" and RANKS == 1 else update
+
+    (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
+    for step in run.steps(stride):
+        # Collect a rollout: rows (s, a, r, d, whether the episode ended, its discounted rewards so far, s').
+        rows, noise = [], agent.actor.noise(args.num_steps, args.num_envs)[:, mine].to(device)
+        for t, run.step in enumerate(range(step - stride + args.num_envs, step + 1, args.num_envs)):
+            action = agent.actor.choose(torch.as_tensor(obs, dtype=torch.float32, device=device), noise[t])
+            next_obs, reward, terminated, truncated, info = envs.step(agent.actor.to_env(action))
+            true_obs, ended = run.observe(next_obs, reward, info), terminated | truncated  # s'
+            returns = args.gamma * returns + reward
+            rows.append(np.column_stack((obs, action.cpu(), reward, terminated, ended, returns, true_obs)))
+            obs, returns = next_obs, returns * ~ended
+        rollout = torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)  # [T, N, .]
+        obs_dim, act_dim = agent.columns[:2]
+        s, a, r, d, e, g, next_s = rollout.split((obs_dim, act_dim, 1, 1, 1, 1, obs_dim), -1)
+        agent.returns.update(g)
+
+        # Learn from it, in minibatches that have as many steps of one environment as of another.
+        rows = agent.prepare(s, a, r[..., 0], d[..., 0], e[..., 0], next_s).flatten(0, 1)
+        rate = args.learning_rate * (1 - args.anneal_lr * (step - stride) / run.total)
+        agent.optimizer.param_groups[0]["lr"].fill_(rate)
+        for epoch in range(args.update_epochs):
+            order, sums = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine], {}
+            for index in (order * n + torch.arange(n)).to(device).chunk(args.num_minibatches):
+                sums = {name: sums.get(name, 0) + x for name, x in update(rows[index.flatten()]).items()}
+            metrics = {name: mean_over_ranks(x) / args.num_minibatches for name, x in sums.items()}
+            if args.target_kl and metrics["policy/kl"] > args.target_kl:
+                break
+        if args.norm_obs:
+            agent.actor.normalize.update(s)
+
+        # Report, and make it safe.
+        run.log(metrics | {"speed/sps": step / (time.monotonic() - run.began)})
+        if args.eval_every and run.due(args.eval_every) and RANK == 0:
+            evaluate(run)
+        run.interrupted = bool(mean_over_ranks(torch.tensor(float(run.interrupted), device=device)))
+        if run.interrupted or run.due(args.checkpoint_every):
+            run.save()
+            (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
+    run.write("result.json", run.last)
+    run.eval_env.close()
+    run.metrics.close()
+    return run.last
+
+
+def main():
+    """train() with the flags typed; under --resume the others are the run's own."""
+    args = tyro.cli(Args)
+    try:
+        if args.resume and args.run_dir and (config := Path(args.run_dir, "config.json")).exists():
+            saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
+            args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
+        train(args)
+    except (OSError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

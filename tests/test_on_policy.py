@@ -1,0 +1,331 @@
+"""The mathematics of vpg, trpo and ppo against slow references, and many ranks against one."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import probes  # noqa: F401  (registers the environments)
+import pytest
+import torch
+from conftest import ON_POLICY, ROOT, command, load, rows, run
+
+torch.set_num_threads(1)
+SMALL_RUN = {"num_steps": 20, "num_minibatches": 4, "hidden": (8,), "eval_every": 0, "threads": 1, "device": "cpu"}
+
+
+@pytest.fixture(params=ON_POLICY, ids=lambda path: path.stem)
+def module(request):
+    return load(request.param)
+
+
+@pytest.fixture
+def ppo():
+    return load(ROOT / "algos" / "ppo.py")
+
+
+@pytest.fixture
+def trpo():
+    return load(ROOT / "algos" / "trpo.py")
+
+
+def advantages_by_definition(reward, value, next_value, terminated, ended, gamma, lam):
+    """A_t as the lambda-weighted mean of n-step returns within the episode, one environment, in Python numbers."""
+    result = []
+    for t in range(len(reward)):
+        last = next((k for k in range(t, len(reward)) if ended[k]), len(reward) - 1)
+        returns = []
+        for n in range(1, last - t + 2):
+            total = sum(gamma**k * reward[t + k] for k in range(n))
+            returns.append(total + gamma**n * (1 - terminated[t + n - 1]) * next_value[t + n - 1] - value[t])
+        weights = [(1 - lam) * lam**n for n in range(len(returns) - 1)] + [lam ** (len(returns) - 1)]
+        result.append(sum(w * r for w, r in zip(weights, returns)))
+    return result
+
+
+def test_gae_by_its_definition_with_ends_and_cuts_everywhere(module):
+    """Five steps, each of which goes on, terminates or is cut: all 3^5 cases, as environments side by side."""
+    cases = list(itertools.product([(0, 0), (1, 1), (0, 1)], repeat=5))
+    terminated, ended = torch.tensor(cases, dtype=torch.float64).permute(2, 1, 0)
+    torch.manual_seed(0)
+    reward, value, next_value = torch.randn(3, 5, len(cases), dtype=torch.float64)
+    ours = module.gae(reward, value, next_value, terminated, ended, 0.9, 0.8)
+    for i in range(len(cases)):
+        column = [x[:, i].tolist() for x in (reward, value, next_value, terminated, ended)]
+        np.testing.assert_allclose(ours[:, i], advantages_by_definition(*column, 0.9, 0.8), atol=1e-12)
+
+
+def test_gae_leaves_its_arguments_alone(module):
+    tensors = [torch.rand(6, 2) for _ in range(5)]
+    before = [x.clone() for x in tensors]
+    module.gae(*tensors, 0.9, 0.8)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+def test_running_moments_are_those_of_all_numbers(module):
+    torch.manual_seed(0)
+    normalizer, batches = module.Normalizer(3), [torch.randn(n, 2, 3) * n + n for n in (4, 1, 30)]
+    for batch in batches:
+        normalizer.update(batch)
+    everything = torch.cat(batches).flatten(0, 1)
+    torch.testing.assert_close(normalizer.mean, everything.mean(0))
+    torch.testing.assert_close(normalizer.var, everything.var(0, correction=0))
+    assert normalizer.count == len(everything)
+    far = normalizer(everything.mean(0) + 1000 * everything.std(0))
+    assert (far == 10).all() and normalizer(everything).mean().abs() < 1e-5
+
+
+def actor(module, box, **options):
+    low, high = ([-3.0, 0.0], [3.0, 1.0]) if box else (None, None)
+    return module.Actor(4, 2 if box else 3, low, high, (8,), "tanh", **{"norm_obs": False, **options})
+
+
+@pytest.mark.parametrize("box", [True, False])
+def test_samples_follow_the_distribution(module, box):
+    """Noise turned into actions has the log-probabilities that the policy says: mean -log p is its entropy."""
+    torch.manual_seed(0)
+    policy = actor(module, box)
+    obs = torch.randn(1, 4).expand(20_000, 4)
+    action = policy.choose(obs, policy.noise(len(obs)))
+    distribution = policy(obs)
+    assert -distribution.log_prob(action).mean().item() == pytest.approx(distribution.entropy()[0].item(), abs=0.03)
+    if not box:
+        share = torch.bincount(action, minlength=3) / len(obs)
+        torch.testing.assert_close(share, distribution.probs[0].detach(), atol=0.02, rtol=0)
+    assert torch.equal(policy.choose(obs, 0.0), policy.choose(obs, 0.0))
+
+
+def test_actions_fit_the_box_per_dimension(module):
+    policy = actor(module, True)
+    assert policy.to_env(torch.tensor([[0.0, 0.0], [1.0, 1.0], [-9.0, 9.0], [0.5, -0.5]])).tolist() == [
+        [0, 0.5],
+        [3, 1],
+        [-3, 1],
+        [1.5, 0.25],
+    ]
+    unbounded = module.Actor(4, 2, [-np.inf, -1.0], [np.inf, np.inf], (8,), "tanh", False)
+    assert unbounded.to_env(torch.tensor([7.0, -7.0])).tolist() == [7, -1]
+
+
+def test_the_ppo_loss_by_hand(ppo):
+    """Ratios 2, 2, 1/2, 1/2 and advantages of both signs, at clip 0.2."""
+    log_ratio = torch.tensor([2.0, 2.0, 0.5, 0.5]).log()
+    loss = ppo.policy_loss(log_ratio, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
+    assert loss.item() == pytest.approx(-(1.2 - 2 + 0.5 - 0.8) / 4)
+
+
+def test_clipped_samples_have_no_gradient(ppo):
+    log_prob = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.0], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    ppo.policy_loss(log_prob, torch.zeros(5), advantage, 0.2).backward()
+    assert (log_prob.grad != 0).tolist() == [False, False, True, True, True]
+
+
+def test_the_gradient_is_clipped_to_its_norm(ppo):
+    x = torch.nn.Parameter(torch.zeros(4))
+    for scale, norm in ((10.0, 0.5), (0.1, 0.2)):
+        ppo.descend(torch.optim.SGD([x], lr=1.0), scale * x.sum(), 0.5)
+        assert x.grad.norm().item() == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("box", [True, False])
+def test_fisher_vector_product_is_that_of_an_explicit_hessian(trpo, box):
+    torch.manual_seed(0)
+    policy, obs = actor(trpo, box).double(), torch.randn(7, 4, dtype=torch.float64)
+    if box:
+        torch.nn.init.normal_(policy.log_std, std=0.3)
+    parameters = [*policy.parameters()]
+    names = [name for name, _ in policy.named_parameters()]
+    old = [x.detach() for x in (policy.net(obs), getattr(policy, "log_std", torch.zeros(1)))]
+
+    def kl(theta):
+        """Mean KL divergence from the policy as it is to the one with parameters theta, written out."""
+        pieces = theta.split([p.numel() for p in parameters])
+        state = {name: piece.view_as(p) for name, piece, p in zip(names, pieces, parameters)}
+        head = torch.func.functional_call(policy.net, {k[4:]: v for k, v in state.items() if k != "log_std"}, (obs,))
+        if not box:
+            p, q = old[0].log_softmax(-1), head.log_softmax(-1)
+            return (p.exp() * (p - q)).sum(-1).mean()
+        log_std = state["log_std"]
+        spread = ((2 * old[1]).exp() + (old[0] - head).square()) / (2 * (2 * log_std).exp())
+        return (log_std - old[1] + spread - 0.5).sum(-1).mean()
+
+    theta = torch.nn.utils.parameters_to_vector(parameters).detach()
+    hessian = torch.autograd.functional.hessian(kl, theta)
+    with torch.no_grad():
+        fixed = policy(obs)
+    product = trpo.fisher_product(trpo.kl_divergence(fixed, policy(obs)).mean(), parameters, damping=0.1)
+    for _ in range(3):
+        v = torch.randn_like(theta)
+        torch.testing.assert_close(product(v), hessian @ v + 0.1 * v, rtol=1e-5, atol=1e-8)
+
+
+def test_conjugate_gradients_solve(trpo):
+    torch.manual_seed(0)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    matrix, b = root @ root.T + torch.eye(6), torch.randn(6, dtype=torch.float64)
+    solution = trpo.conjugate_gradient(lambda v: matrix @ v, b, 6)
+    torch.testing.assert_close(solution, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-8)
+    assert trpo.conjugate_gradient(lambda v: matrix @ v, 0 * b, 6).abs().max() == 0
+
+
+def trpo_problem(trpo, seed, box, **flags):
+    """An agent, and a rollout of random numbers for it."""
+    torch.manual_seed(seed)
+    args = trpo.Args(hidden=(8,), **flags)
+    bounds = ([-1.0, -1.0], [1.0, 1.0]) if box else (None, None)
+    agent = trpo.Agent(args, 4, 2 if box else 3, *bounds, torch.device("cpu"))
+    obs = torch.randn(64, 4)
+    action = agent.actor.choose(obs, agent.actor.noise(64)).float()
+    return agent, torch.cat((obs, action.view(64, -1), torch.randn(64, 2)), -1)
+
+
+def test_a_trpo_step_keeps_within_the_divergence_and_gains(trpo):
+    for seed in range(100):
+        agent, batch = trpo_problem(trpo, seed, box=seed % 2 == 0)
+        gain = batch[:, -2].mean().item()  # L before the step: all ratios are 1
+        metrics = agent.improve(batch)
+        assert 0 < metrics["policy/kl"] <= agent.args.target_kl and -metrics["loss/policy"] > gain, seed
+
+
+def test_the_natural_gradient_takes_the_whole_step(trpo):
+    """Without a search even a step far too long is taken; with it, a shorter one."""
+    scales = []
+    for natural in (True, False):
+        agent, batch = trpo_problem(trpo, 0, box=True, target_kl=5.0, damping=0.0, natural_gradient=natural)
+        scales.append(agent.improve(batch)["policy/step"].item())
+    assert scales[0] == 1 and scales[1] < 1
+
+
+def test_where_no_step_will_do_the_policy_stays(trpo):
+    """One trial of a step that is too long."""
+    agent, batch = trpo_problem(trpo, 0, box=True, target_kl=5.0, damping=0.0, search_steps=1)
+    before = [p.clone() for p in agent.actor.parameters()]
+    assert agent.improve(batch)["policy/step"] == 0
+    for old, new in zip(before, agent.actor.parameters()):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+def test_rows_of_a_minibatch_come_equally_from_every_environment(ppo, tmp_path, monkeypatch):
+    """As `train` draws them: each step of the rollout once an epoch, each environment as often as another."""
+    seen = []
+    monkeypatch.setattr(ppo.Agent, "update", lambda self, batch: seen.append(batch) or {"loss/policy": torch.zeros(())})
+    flags = {"num_envs": 3, "num_steps": 8, "num_minibatches": 4, "update_epochs": 2, "hidden": (8,), "eval_every": 0}
+    args = ppo.Args(env_id="Pendulum-v1", total_timesteps=24, run_dir=str(tmp_path / "run"), norm_obs=False, **flags)
+    ppo.train(args)
+    assert len(seen) == 8 and all(len(batch) == 6 for batch in seen)
+    for epoch in (seen[:4], seen[4:]):
+        assert len({tuple(row) for batch in epoch for row in batch.tolist()}) == 24
+
+
+def torchrun(path, *flags, ranks=2):
+    """The command line of a small run shared by `ranks` processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return launch + command(path, *flags)[1:]
+
+
+SHARED = "--num-envs 4 --num-steps 50 --total-timesteps 600 --checkpoint-every 200 --eval-every 200".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+@pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
+def test_two_ranks_learn_what_one_does(path, env, tmp_path):
+    """Half of the environments each, killed and resumed on the way: the weights of one process with all of them."""
+    flags = [*SHARED, "--env-id", env, *(["--no-anneal-lr"] if path.stem == "ppo" else [])]  # it falls with the total
+    subprocess.run(command(path, *flags, "--run-dir", tmp_path / "one"), check=True, capture_output=True, timeout=300)
+    for steps in (200, 600):
+        typed = [*flags, "--total-timesteps", steps, "--run-dir", tmp_path / "two"]
+        done = subprocess.run([*torchrun(path, *typed), "--resume"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    assert torch.equal(one["rng"][0], two["rng"][0])
+    for name, value in one["agent"].items():
+        torch.testing.assert_close(two["agent"][name], value, rtol=1e-3, atol=1e-4)
+    assert [row["step"] for row in rows(tmp_path / "one") if "loss/value" in row] == [200, 400, 600]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_spares_the_checkpoint(tmp_path, ppo):
+    folder = tmp_path / "run"
+    flags = [*SHARED, "--total-timesteps", "1000000", "--run-dir", folder]
+    process = subprocess.Popen(
+        torchrun(ROOT / "algos" / "ppo.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    (second,) = [child for child in children if "\0RANK=1\0" in Path(f"/proc/{child}/environ").read_text()]
+    os.kill(int(second), signal.SIGKILL)
+    said = "".join(process.communicate(timeout=120))
+    assert process.returncode != 0
+    assert "rank 0 has lost another one" in said or "SIGKILL" in said or "Signal 9" in said, said
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0] % 200 == 0
+    again = run(ROOT / "algos" / "ppo.py", "--resume", "--run-dir", folder, "--total-timesteps", "400")
+    assert again.returncode == 0, again.stderr
+
+
+def test_environments_that_cannot_be_shared_are_refused(tmp_path):
+    flags = [*SHARED, "--num-envs", "3", "--run-dir", tmp_path / "run"]
+    done = subprocess.run(torchrun(ROOT / "algos" / "ppo.py", *flags), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "cannot be shared by 2 ranks" in done.stderr
+
+
+def test_a_policy_that_was_normalised_acts_alike_when_loaded(module, tmp_path):
+    """Statistics are part of the policy: what is loaded acts as the agent that was saved, far from the origin too."""
+    flags = {"num_steps": 50, "num_minibatches": 2, "hidden": (8,), "eval_every": 0, "threads": 1, "device": "cpu"}
+    args = module.Args(env_id="Pendulum-v1", total_timesteps=200, run_dir=str(tmp_path / "run"), **flags)
+    module.train(args)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
+    assert state["actor.normalize.count"] == 200 and state["returns.count"] == 200
+    policy = module.load_policy(tmp_path / "run")
+    assert torch.equal(policy.func.__self__.normalize.mean, state["actor.normalize.mean"])
+    space = gym.make("Pendulum-v1").action_space
+    assert space.contains(policy(np.array([0.1, 0.2, 3.0])))
+
+
+@pytest.mark.parametrize("target_kl, epochs", [(None, 3), (1e-12, 1)])
+def test_an_epoch_too_far_is_the_last_of_its_rollout(ppo, tmp_path, target_kl, epochs):
+    flags = SMALL_RUN | {"update_epochs": 3, "target_kl": target_kl, "total_timesteps": 40}
+    result = ppo.train(ppo.Args(env_id="Pendulum-v1", run_dir=str(tmp_path), **flags))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]
+    assert state["state"][0]["step"] == 2 * epochs * 4 and result["policy/kl"] > 0
+    assert state["param_groups"][0]["lr"].item() == pytest.approx(3e-4 / 2)  # half of it is left in the second of two
+
+
+def test_the_divergence_is_the_estimator_that_is_never_negative(ppo):
+    """E[(r - 1) - log r] over the samples of the old policy, r the ratio of new to old."""
+    torch.manual_seed(0)
+    args = ppo.Args(hidden=(8,))
+    agent = ppo.Agent(args, 4, 3, None, None, torch.device("cpu"))
+    obs, action, log_ratio = torch.randn(32, 4), torch.randint(3, (32,)), torch.randn(32)
+    log_prob = agent.actor(obs).log_prob(action).detach()
+    batch = torch.cat((obs, torch.stack((action, log_prob - log_ratio, torch.randn(32), torch.randn(32)), -1)), -1)
+    metrics = agent.update(batch)
+    assert metrics["policy/kl"].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
+    clipped = ((log_ratio.exp() - 1).abs() > 0.2).float().mean().item()
+    assert metrics["policy/clip_frac"].item() == pytest.approx(clipped)
+
+
+def test_one_sample_is_standardised_to_zero(module):
+    assert module.standardize(torch.tensor([3.0])).tolist() == [0]
+    values = module.standardize(torch.arange(10.0))
+    assert values.mean().abs() < 1e-6 and values.std(correction=0).item() == pytest.approx(1)
+
+
+def test_rewards_are_scaled_by_sums_that_stop_at_cuts(module, tmp_path):
+    """Reward 1, cut at 5 steps, gamma 0.9: the sums are 1, 1.9, .. 4.0951, also where a rollout ends in between."""
+    args = module.Args(env_id="probe/Cut-v0", total_timesteps=60, gamma=0.9, run_dir=str(tmp_path), **SMALL_RUN)
+    args.num_steps = 12
+    module.train(args)
+    agent = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]
+    sums = np.array([(1 - 0.9**k) / 0.1 for k in range(1, 6)])
+    assert agent["returns.mean"].item() == pytest.approx(sums.mean(), rel=1e-5)
+    assert agent["returns.var"].item() == pytest.approx(sums.var(), rel=1e-5)

@@ -1,0 +1,167 @@
+"""The mathematics of ddpg, td3 and dqn against slow references."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT, load
+
+LOW, HIGH = [-3.0, 0.0], [3.0, 1.0]
+
+
+@pytest.fixture(params=["ddpg", "td3"])
+def module(request):
+    return load(ROOT / "algos" / f"{request.param}.py")
+
+
+@pytest.fixture
+def td3():
+    return load(ROOT / "algos" / "td3.py")
+
+
+@pytest.fixture
+def dqn():
+    return load(ROOT / "algos" / "dqn.py")
+
+
+def agent_of(module, seed=0, **flags):
+    """A small agent whose networks differ from their targets, and a batch with ends in it."""
+    torch.manual_seed(seed)
+    args = (
+        module.Args(hidden=(8,), learning_rate=1e-2, **flags)
+        if module.ALGO == "dqn"
+        else module.Args(hidden=(8,), **{"policy_lr": 1e-2, "q_lr": 2e-2, **flags})
+    )
+    shape = (3, 4) if module.ALGO == "dqn" else (3, LOW, HIGH)
+    agent = module.Agent(args, *shape, torch.device("cpu"))
+    for parameter in agent.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ends = (torch.rand(16, 1) < 0.3).float()
+    action = torch.randint(4, (16, 1)).float() if module.ALGO == "dqn" else agent.actor(torch.randn(16, 3)).detach()
+    return agent, torch.cat((torch.randn(16, 3), action, torch.randn(16, 1), ends, torch.randn(16, 3)), -1)
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_update_is_the_pseudocode(module, delayed):
+    """Three updates, one row at a time and with plain Adam, against those of the file."""
+    if module.ALGO == "ddpg" and not delayed:
+        pytest.skip("DDPG delays nothing")
+    heads = 2 if module.ALGO == "td3" else 1
+    agent, batch = agent_of(module)
+    slow = copy.deepcopy(agent)
+    pairs = [(slow.critic, 2e-2), (slow.actor, 1e-2)]
+    adams = [torch.optim.Adam([*network.parameters()], lr=lr) for network, lr in pairs]
+    half, low, high = torch.tensor([3.0, 0.5]), torch.tensor(LOW), torch.tensor(HIGH)
+
+    def q(critic, k, s, a):
+        x = torch.cat((s, a))[None]
+        return critic(x)[(k, 0, 0) if heads == 2 else (0, 0)]
+
+    for number in range(3):
+        torch.manual_seed(number)
+        options = {"delayed": delayed} if heads == 2 else {}
+        metrics = agent.update(batch, **options)
+        torch.manual_seed(number)
+        noise = torch.randn(16, 2) if heads == 2 else torch.zeros(16, 2)
+        loss = 0
+        for row, e in zip(batch, noise):
+            s, a, r, d, s2 = row[:3], row[3:5], row[5], row[6], row[7:]
+            with torch.no_grad():
+                e = (0.2 * e).clamp(-0.5, 0.5) * half
+                a2 = torch.maximum(torch.minimum(slow.target_actor(s2) + e, high), low)
+                y = r + 0.99 * (1 - d) * min(q(slow.target, k, s2, a2) for k in range(heads))
+            loss = loss + sum(0.5 * (q(slow.critic, k, s, a) - y) ** 2 for k in range(heads)) / len(batch)
+        adams[0].zero_grad()
+        loss.backward()
+        adams[0].step()
+        assert metrics["loss/critic"].item() == pytest.approx(loss.item(), rel=1e-4)
+        if delayed:
+            loss = sum(-q(slow.critic, 0, s, slow.actor(s)) for s in batch[:, :3]) / len(batch)
+            adams[1].zero_grad()
+            loss.backward()
+            adams[1].step()
+            assert metrics["loss/actor"].item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+            for target, source in ((slow.target, slow.critic), (slow.target_actor, slow.actor)):
+                for p, w in zip(target.parameters(), source.parameters()):
+                    p.data = 0.995 * p.data + 0.005 * w.data
+        for ours, theirs in zip(agent.parameters(), slow.parameters()):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_target_noise_is_clipped_scaled_and_drawn_for_each(td3):
+    torch.manual_seed(0)
+    noise = td3.target_noise(torch.zeros(4000, 2), 0.2, 0.5)
+    assert noise.abs().max() == 0.5 and len(noise.unique()) > 7000
+    assert noise.std().item() == pytest.approx(0.2, abs=0.01) and noise.mean().abs() < 0.01
+    low, high = torch.tensor(LOW), torch.tensor(HIGH)
+    moved = td3.perturb(torch.tensor([[0.0, 0.5], [2.9, 0.9], [-2.9, 0.1]]), torch.full((3, 2), 0.5), low, high)
+    torch.testing.assert_close(moved, torch.tensor([[1.5, 0.75], [3, 1], [-1.4, 0.35]]))
+
+
+def test_exploration_is_drawn_for_each_environment_and_stays_in_the_box(module):
+    agent, _ = agent_of(module, exploration_noise=0.3)
+    obs = torch.randn(1, 3).expand(5000, 3).numpy()
+    action, still = (torch.from_numpy(agent.actor.act(obs, deterministic=d)) for d in (False, True))
+    assert (still == still[0]).all() and len(action[:, 0].unique()) > 4000
+    assert (action >= torch.tensor(LOW)).all() and (action <= torch.tensor(HIGH)).all()
+    inner = ((action > torch.tensor(LOW)) & (action < torch.tensor(HIGH))).all(-1)
+    spread = (action - still)[inner].std(0) / torch.tensor([3.0, 0.5])
+    assert (spread > 0.15).all() and (spread < 0.31).all()
+
+
+def test_the_policy_moves_at_every_second_gradient_step(td3, tmp_path):
+    """At the second, fourth, ...: neither inert nor off by one, also where a step has several gradient steps."""
+    flags = {"hidden": (8,), "batch_size": 4, "eval_every": 0, "learning_starts": 20, "threads": 1, "device": "cpu"}
+    for utd, frequency, total, policy in ((1.0, 2, 41, 10), (1.0, 3, 42, 7), (2.0, 2, 41, 21)):
+        folder = tmp_path / f"{utd}-{frequency}"
+        args = td3.Args(env_id="Pendulum-v1", total_timesteps=total, run_dir=str(folder), utd=utd, **flags)
+        args.policy_frequency = frequency
+        td3.train(args)
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        taken = [state[f"{name}_optimizer"]["state"][0]["step"].item() for name in ("critic", "actor")]
+        assert taken == [int(utd * (total - 20)), policy]
+
+
+def test_dqn_targets_by_hand(dqn):
+    """One batch through the file's update, its loss from numbers: plain, double, dueling."""
+    for double in (False, True):
+        for dueling in (False, True):
+            agent, batch = agent_of(dqn, double=double, dueling=dueling)
+            loss = 0.0
+            for row in batch:
+                s, a, r, d, s2 = row[:3], int(row[3]), row[4].item(), row[5].item(), row[6:]
+                net, target = agent.critic.net(s2).tolist(), agent.target.net(s2).tolist()
+                now = agent.critic.net(s).tolist()
+                if dueling:
+                    net, target, now = ([x[0] + y - sum(x[1:]) / 4 for y in x[1:]] for x in (net, target, now))
+                chosen = net.index(max(net)) if double else target.index(max(target))
+                error = abs(now[a] - (r + 0.99 * (1 - d) * target[chosen]))
+                loss += (0.5 * error**2 if error < 1 else error - 0.5) / len(batch)
+            assert agent.update(batch)["loss/critic"].item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_dqn_update_moves_the_network_and_not_its_target(dqn):
+    agent, batch = agent_of(dqn, tau=0.5)
+    before = copy.deepcopy(agent)
+    agent.update(batch)
+    assert all(torch.equal(a, b) for a, b in zip(agent.target.parameters(), before.target.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(agent.critic.parameters(), before.critic.parameters()))
+    agent.move_target()
+    for ours, old, new in zip(agent.target.parameters(), before.target.parameters(), agent.critic.parameters()):
+        torch.testing.assert_close(ours, (old + new) / 2)
+
+
+def test_epsilon_falls_as_it_should(dqn):
+    values = [dqn.linear_schedule(1.0, 0.05, 50, step) for step in (0, 25, 50, 51, 1000)]
+    assert values == pytest.approx([1, 0.525, 0.05, 0.05, 0.05]) and dqn.linear_schedule(1.0, 0.1, 0, 1) == 0.1
+
+
+def test_epsilon_greedy(dqn):
+    """Uniform with probability epsilon, each environment for itself; greedy otherwise."""
+    agent, _ = agent_of(dqn)
+    obs = torch.randn(1, 3).expand(8000, 3).numpy()
+    greedy = agent.critic.act(obs)
+    assert (greedy == greedy[0]).all() and greedy[0] == agent.critic(torch.from_numpy(obs[0])).argmax().item()
+    assert (agent.critic.act(obs, 0.4) != greedy).mean() == pytest.approx(0.4 * 3 / 4, abs=0.02)
+    counts = torch.bincount(torch.from_numpy(agent.critic.act(obs, 1.0)), minlength=4)
+    assert ((counts - 2000).abs() < 200).all()
