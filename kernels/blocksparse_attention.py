@@ -158,12 +158,16 @@ class BlockLayout:
             for some in torch.arange(len(row), device=row.device).split(max(1, 2**22 // b**2)):
                 r, c = row[some, None, None], col[some, None, None]
                 i, j = r % Qb * b + within[:, None], c * b + within
-                live = element_mask[some] if isinstance(element_mask, Tensor) else element_mask(
-                    r // Qb // H, r // Qb % H, i, j
+                live = (
+                    element_mask[some]
+                    if isinstance(element_mask, Tensor)
+                    else element_mask(r // Qb // H, r // Qb % H, i, j)
                 )
                 packed.append(pack(live.to(row.device).expand(len(some), b, b)))
             partial, bits = (torch.cat(x) for x in zip(*packed))
-            part, partial = (torch.where(partial, partial.cumsum(0) - 1, -1).int(), partial) if len(bits) else (part, None)
+            part, partial = (
+                (torch.where(partial, partial.cumsum(0) - 1, -1).int(), partial) if len(bits) else (part, None)
+            )
         back = entries(blocks.mT) if partial is None else None  # already sorted
         tensors = both_ways(row, col, blocks.shape, partial, part[:0].long(), part, bits, back)
         return cls(mask.shape, b, tensors, element_mask if callable(element_mask) else None)
@@ -418,7 +422,9 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
         return tuple(x.contiguous() for x in backward(do, q, k, v, out, lse, 0.0, causal, scale=scale))
     Q, K, V, dO = (to_blocks(x, b) for x in (q, k, v, do))
     empty = lse == -math.inf
-    delta = torch.cat([(x.to(dtype) * y).sum(-1) for x, y in zip(do.flatten(0, 1).split(1), out.flatten(0, 1).split(1))])
+    delta = torch.cat(
+        [(x.to(dtype) * y).sum(-1) for x, y in zip(do.flatten(0, 1).split(1), out.flatten(0, 1).split(1))]
+    )
     delta = (delta.view_as(lse) - dlse).masked_fill_(empty, 0)  # (5), and whatever came for an empty row
     ends = lse.masked_fill(empty, math.inf)  # exp(s - inf) is 0
     delta, ends = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (ends, math.inf)))
@@ -481,12 +487,12 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 @jit
 def rows_of(x, start, stop, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
     """N rows of x [S, D] from `start` on, padded with zeros: to DP, a power of two, and, where MASKED, from `stop` on."""
-    n, d = tl.arange(0, N), tl.arange(0, DP)
-    at = x + start.to(tl.int64) * stride + n[:, None] * stride + d[None, :]
+    n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
+    at = x + start.to(tl.int64) * stride + n * stride + d
     if MASKED:
-        return tl.load(at, mask=((start + n) < stop)[:, None] & (d < D)[None, :], other=0.0)
+        return tl.load(at, mask=(start + n < stop) & (d < D), other=0.0)
     elif D < DP:
-        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+        return tl.load(at, mask=d < D, other=0.0)
     else:
         return tl.load(at)
 
@@ -494,9 +500,38 @@ def rows_of(x, start, stop, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.con
 @jit
 def put_rows(x, y, start, stop, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Write y [N, DP] to x [S, D], contiguous, from `start` to `stop`."""
-    n, d = tl.arange(0, N), tl.arange(0, DP)
-    at = x + start.to(tl.int64) * D + n[:, None] * D + d[None, :]
-    tl.store(at, y.to(x.dtype.element_ty), mask=((start + n) < stop)[:, None] & (d < D)[None, :])
+    n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
+    tl.store(x + start.to(tl.int64) * D + n * D + d, y.to(x.dtype.element_ty), mask=(start + n < stop) & (d < D))
+
+
+@jit
+def head_of(x, batch, head, x_b, x_h):
+    return x + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h
+
+
+@jit
+def program(order, lens, heads, lay_b, lay_h, S, Sk, T: tl.constexpr, N: tl.constexpr, LENS: tl.constexpr):
+    """What this program does: batch, head, row of the layout, first of its N queries or keys, where the keys end."""
+    tiles = (S + T - 1) // T
+    one, pid = tl.program_id(0) // (tiles * (T // N)), tl.program_id(0) % (tiles * (T // N))
+    batch, head, stop = one // heads, one % heads, Sk
+    if LENS:
+        stop = tl.minimum(tl.load(lens + batch), Sk).to(tl.int32)
+    row = (batch * lay_b + head * lay_h) * tiles
+    tile = tl.load(order + row + pid // (T // N))
+    return batch, head, row + tile, tile * T + pid % (T // N) * N, stop
+
+
+@jit
+def steps_of(at, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    """Where the tiles of a row begin and how many steps of N they are: whole ones, or, where MASKED, those cut by the
+    diagonal or an end, and the partial ones."""
+    if MASKED:
+        a, c, n = tl.load(at + 2), tl.load(at + 4), tl.load(at + 3) - tl.load(at + 2)
+        return a, n, c, (n + tl.load(at + 5) - c) * (T // N)
+    else:
+        a, n = tl.load(at), tl.load(at + 1) - tl.load(at)
+        return a, n, a, n * (T // N)
 
 
 @jit
@@ -515,55 +550,8 @@ def visible(
         if PART:
             which = tl.load(part + entry)
             at = tl.maximum(which, 0).to(tl.int64) * (T * T // 8) + (i % T * (T // 8) + j % T // 8)
-            octet = tl.load(bits + at).to(tl.int32)
-            live = live & ((which < 0) | (((octet >> (j % 8)) & 1) == 1))
+            live = live & ((which < 0) | (((tl.load(bits + at).to(tl.int32) >> (j % 8)) & 1) == 1))
     return live
-
-
-@jit
-def tile_at(step, idx, a, na, c, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
-    """Entry and first row of the step-th N rows of the tiles from `a`, and, where MASKED, after `na` tiles from `c`."""
-    entry = step // (T // N)
-    if MASKED:
-        entry = tl.where(entry < na, a + entry, c + entry - na)
-    else:
-        entry = a + entry
-    return entry, tl.load(idx + entry) * T + step % (T // N) * N
-
-
-@jit
-def forward_tiles(
-    acc, total, m, x, k, v, idx, sub, part, bits, a, na, c, nc, i, k_s, v_s, Sq, stop, shift, scale,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
-    LENS: tl.constexpr, PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over some tiles: m the largest score so far in units of log 2, total and acc relative to it."""
-    CHECK: tl.constexpr = MASKED or LENS
-    for step in range(0, (na + nc) * (T // N)):
-        entry, start = tile_at(step, idx, a, na, c, T, N, MASKED)
-        y = rows_of(k, start, stop, k_s, N, D, DP, CHECK)
-        z = rows_of(v, start, stop, v_s, N, D, DP, CHECK)
-        if CHECK:
-            j = start + tl.arange(0, N)
-            live = visible(i[:, None], j[None, :], entry, sub, part, bits, Sq, stop, shift, T, b, CAUSAL, PART, MASKED)
-            seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
-            y = tl.where(seen, y, 0.0)  # no 0 p may meet the NaN of a key that nobody here sees
-            z = tl.where(seen, z, 0.0)
-        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (1)
-        if SIGN != 1:
-            s = s * SIGN
-        if CHECK:
-            s = tl.where(live, s, float("-inf"))
-        largest = tl.maximum(m, tl.max(s, 1) * scale)
-        m_ = largest
-        if CHECK:
-            m_ = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is NaN
-        p = tl.exp2(s * scale - m_[:, None])
-        shrink = tl.exp2(m - m_)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=PRECISION)  # (3)
-        m = largest
-    return acc, total, m
 
 
 @jit
@@ -573,37 +561,42 @@ def forward_kernel(
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr, PART: tl.constexpr,
     SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program: M queries of one head against their tiles, whole ones first, then those that need a mask."""
-    Qt = (Sq + T - 1) // T
-    steps = Qt * (T // M)
-    bh, pid = tl.program_id(0) // steps, tl.program_id(0) % steps
-    batch, head = bh // H, bh % H
-    row = (batch * lay_b + head * lay_h) * Qt
-    tile = tl.load(order + row + pid // (T // M))
-    at = ranges + (row + tile) * 6
-    start, stop = tile * T + pid % (T // M) * M, Sk
-    if LENS:
-        stop = tl.minimum(tl.load(lens + batch), Sk).to(tl.int32)
-    i = start + tl.arange(0, M)
-    x = rows_of(q + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, start, Sq, q_s, M, D, DP, True)
-    k += batch.to(tl.int64) * k_b + (head // G).to(tl.int64) * k_h
-    v += batch.to(tl.int64) * v_b + (head // G).to(tl.int64) * v_h
+    """Online softmax: M queries of one head against their tiles, m the largest score so far in units of log 2."""
+    batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
+    i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
+    x = rows_of(head_of(q, batch, head, q_b, q_h), first, Sq, q_s, M, D, DP, True)
+    k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
     acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
-    a, a1, c, c1, e, e1 = (
-        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
-    )  # fmt: skip
-    acc, total, m = forward_tiles(
-        acc, total, m, x, k, v, idx, sub, part, bits, a, a1 - a, 0, 0, i, k_s, v_s, Sq, stop, Sk - Sq, scale,
-        D, DP, T, b, N, CAUSAL, LENS, PART, SIGN, PRECISION, False,
-    )  # fmt: skip
-    acc, total, m = forward_tiles(
-        acc, total, m, x, k, v, idx, sub, part, bits, c, c1 - c, e, e1 - e, i, k_s, v_s, Sq, stop, Sk - Sq, scale,
-        D, DP, T, b, N, CAUSAL, LENS, PART, SIGN, PRECISION, True,
-    )  # fmt: skip
+    for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
+        a, na, c, steps = steps_of(ranges + row * 6, T, N, MASKED)
+        for step in range(0, steps):
+            n = step // (T // N)
+            entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
+            start = tl.load(idx + entry) * T + step % (T // N) * N
+            y = rows_of(k, start, stop, k_s, N, D, DP, MASKED or LENS)
+            z = rows_of(v, start, stop, v_s, N, D, DP, MASKED or LENS)
+            if MASKED or LENS:
+                j = (start + tl.arange(0, N))[None, :]
+                live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+                seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
+                y = tl.where(seen, y, 0.0)  # no p of 0 may meet the NaN of a key that nobody here sees
+                z = tl.where(seen, z, 0.0)
+            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (1)
+            if SIGN != 1:
+                s = s * SIGN
+            if MASKED or LENS:
+                s = tl.where(live, s, float("-inf"))
+            largest = tl.maximum(m, tl.max(s, 1) * scale)
+            m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or LENS else largest  # inf - inf is NaN
+            p = tl.exp2(s * scale - m_[:, None])
+            shrink = tl.exp2(m - m_)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=PRECISION)
+            m = largest
     some = tl.where(total == 0.0, 1.0, total)
-    put_rows(out + bh.to(tl.int64) * Sq * D, acc / some[:, None], start, Sq, M, D, DP)
+    put_rows(out + where * D, acc / some[:, None], first, Sq, M, D, DP)  # (3)
     log_sum = tl.where(total == 0.0, float("-inf"), (m + tl.log2(some)) * 0.6931471805599453)  # (2)
-    tl.store(lse + bh.to(tl.int64) * Sq + i, log_sum, mask=i < Sq)
+    tl.store(lse + where + i, log_sum, mask=i < Sq)
 
 
 @jit
@@ -612,50 +605,22 @@ def delta_kernel(
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(5) of M queries; 0 where a query sees nothing, whatever came for it."""
-    steps = (Sq + M - 1) // M
-    bh, start = tl.program_id(0) // steps, tl.program_id(0) % steps * M
-    i = start + tl.arange(0, M)
-    at = bh.to(tl.int64) * Sq + i
-    x = rows_of(out + bh.to(tl.int64) * Sq * D, start, Sq, D, M, D, DP, True)
-    g = rows_of(do + (bh // H).to(tl.int64) * g_b + (bh % H).to(tl.int64) * g_h, start, Sq, g_s, M, D, DP, True)
+    tiles = (Sq + M - 1) // M
+    one, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
+    i = first + tl.arange(0, M)
+    at = one.to(tl.int64) * Sq + i
+    x = rows_of(out + one.to(tl.int64) * Sq * D, first, Sq, D, M, D, DP, True)
+    g = rows_of(head_of(do, one // H, one % H, g_b, g_h), first, Sq, g_s, M, D, DP, True)
     value = tl.sum(x.to(ACC) * g.to(ACC), 1) - tl.load(dlse + at, mask=i < Sq, other=0.0)
     empty = tl.load(lse + at, mask=i < Sq, other=0.0) == float("-inf")
     tl.store(delta + at, tl.where(empty, 0.0, value), mask=i < Sq)
 
 
 @jit
-def ends_of(lse, at, inside):
-    """Log-sum-exp in units of log 2; inf, so that p is 0, where there is no query or where it sees nothing."""
-    ends = tl.load(lse + at, mask=inside, other=float("inf"))
+def ends_of(lse, i, Sq):
+    """lse in units of log 2; inf, which makes p 0, where there is no query or where it sees nothing."""
+    ends = tl.load(lse + i, mask=i < Sq, other=float("inf"))
     return tl.where(ends == float("-inf"), float("inf"), ends) * 1.4426950408889634
-
-
-@jit
-def dq_tiles(
-    dq, x, g, ends, delta, k, v, idx, sub, part, bits, a, na, c, nc, i, k_s, v_s, Sq, stop, shift, scale,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
-    LENS: tl.constexpr, PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    CHECK: tl.constexpr = MASKED or LENS
-    for step in range(0, (na + nc) * (T // N)):
-        entry, start = tile_at(step, idx, a, na, c, T, N, MASKED)
-        y = rows_of(k, start, stop, k_s, N, D, DP, CHECK)
-        z = rows_of(v, start, stop, v_s, N, D, DP, CHECK)
-        if CHECK:
-            j = start + tl.arange(0, N)
-            live = visible(i[:, None], j[None, :], entry, sub, part, bits, Sq, stop, shift, T, b, CAUSAL, PART, MASKED)
-            seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
-            y = tl.where(seen, y, 0.0)
-            z = tl.where(seen, z, 0.0)
-        s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        if SIGN != 1:
-            s = s * SIGN
-        p = tl.exp2(s * scale - ends[:, None])  # (4)
-        ds = p * (tl.dot(g, tl.trans(z), input_precision=PRECISION) - delta[:, None])  # (6)
-        if CHECK:
-            ds = tl.where(live, ds, 0.0)
-        dq = tl.dot(ds.to(y.dtype), y, dq, input_precision=PRECISION)  # (8)
-    return dq
 
 
 @jit
@@ -665,68 +630,37 @@ def dq_kernel(
     T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
     PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gradient of M queries, over the same tiles as forward."""
-    Qt = (Sq + T - 1) // T
-    steps = Qt * (T // M)
-    bh, pid = tl.program_id(0) // steps, tl.program_id(0) % steps
-    batch, head = bh // H, bh % H
-    row = (batch * lay_b + head * lay_h) * Qt
-    tile = tl.load(order + row + pid // (T // M))
-    at = ranges + (row + tile) * 6
-    start, stop = tile * T + pid % (T // M) * M, Sk
-    if LENS:
-        stop = tl.minimum(tl.load(lens + batch), Sk).to(tl.int32)
-    i = start + tl.arange(0, M)
-    x = rows_of(q + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, start, Sq, q_s, M, D, DP, True)
-    g = rows_of(do + batch.to(tl.int64) * g_b + head.to(tl.int64) * g_h, start, Sq, g_s, M, D, DP, True)
-    ends = ends_of(lse, bh.to(tl.int64) * Sq + i, i < Sq)
-    delta = tl.load(delta + bh.to(tl.int64) * Sq + i, mask=i < Sq, other=0.0)
-    k += batch.to(tl.int64) * k_b + (head // G).to(tl.int64) * k_h
-    v += batch.to(tl.int64) * v_b + (head // G).to(tl.int64) * v_h
-    a, a1, c, c1, e, e1 = (
-        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
-    )  # fmt: skip
+    """The gradient of M queries, over the same tiles as forward."""
+    batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
+    i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
+    x = rows_of(head_of(q, batch, head, q_b, q_h), first, Sq, q_s, M, D, DP, True)
+    g = rows_of(head_of(do, batch, head, g_b, g_h), first, Sq, g_s, M, D, DP, True)
+    ends, d = ends_of(lse + where, i, Sq), tl.load(delta + where + i, mask=i < Sq, other=0.0)
+    k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
     acc = tl.zeros([M, DP], ACC)
-    acc = dq_tiles(
-        acc, x, g, ends, delta, k, v, idx, sub, part, bits, a, a1 - a, 0, 0, i, k_s, v_s, Sq, stop, Sk - Sq, scale,
-        D, DP, T, b, N, CAUSAL, LENS, PART, SIGN, PRECISION, False,
-    )  # fmt: skip
-    acc = dq_tiles(
-        acc, x, g, ends, delta, k, v, idx, sub, part, bits, c, c1 - c, e, e1 - e, i, k_s, v_s, Sq, stop, Sk - Sq, scale,
-        D, DP, T, b, N, CAUSAL, LENS, PART, SIGN, PRECISION, True,
-    )  # fmt: skip
-    put_rows(dq + bh.to(tl.int64) * Sq * D, acc * factor, start, Sq, M, D, DP)
-
-
-@jit
-def dkdv_tiles(
-    dk, dv, y, z, q, do, lse, delta, idx, sub, part, bits, a, na, c, nc, j, q_s, g_s, Sq, stop, shift, scale,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, CAUSAL: tl.constexpr,
-    RAGGED: tl.constexpr, PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    CHECK: tl.constexpr = MASKED or RAGGED
-    for step in range(0, (na + nc) * (T // M)):
-        entry, start = tile_at(step, idx, a, na, c, T, M, MASKED)
-        i = start + tl.arange(0, M)
-        x = rows_of(q, start, Sq, q_s, M, D, DP, CHECK)
-        g = rows_of(do, start, Sq, g_s, M, D, DP, CHECK)
-        ends = ends_of(lse, i, i < Sq)
-        if MASKED:
-            live = visible(i[None, :], j[:, None], entry, sub, part, bits, Sq, stop, shift, T, b, CAUSAL, PART, True)
-            sees = tl.max(live.to(tl.int32), 0)[:, None] > 0
-            x = tl.where(sees, x, 0.0)  # nor the NaN of a query that sees nothing
-            g = tl.where(sees, g, 0.0)
-        s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
-        if SIGN != 1:
-            s = s * SIGN
-        p = tl.exp2(s * scale - ends[None, :])  # (4)
-        ds = p * (tl.dot(z, tl.trans(g), input_precision=PRECISION) - tl.load(delta + i, mask=i < Sq, other=0.0)[None, :])
-        if MASKED:
-            p = tl.where(live, p, 0.0)
-            ds = tl.where(live, ds, 0.0)  # (6)
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)  # (7)
-        dk = tl.dot(ds.to(x.dtype), x, dk, input_precision=PRECISION)  # (9)
-    return dk, dv
+    for MASKED in tl.static_range(2):
+        a, na, c, steps = steps_of(ranges + row * 6, T, N, MASKED)
+        for step in range(0, steps):
+            n = step // (T // N)
+            entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
+            start = tl.load(idx + entry) * T + step % (T // N) * N
+            y = rows_of(k, start, stop, k_s, N, D, DP, MASKED or LENS)
+            z = rows_of(v, start, stop, v_s, N, D, DP, MASKED or LENS)
+            if MASKED or LENS:
+                j = (start + tl.arange(0, N))[None, :]
+                live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+                seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
+                y = tl.where(seen, y, 0.0)
+                z = tl.where(seen, z, 0.0)
+            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            if SIGN != 1:
+                s = s * SIGN
+            p = tl.exp2(s * scale - ends[:, None])  # (4)
+            ds = p * (tl.dot(g, tl.trans(z), input_precision=PRECISION) - d[:, None])  # (6)
+            if MASKED or LENS:
+                ds = tl.where(live, ds, 0.0)
+            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+    put_rows(dq + where * D, acc * factor, first, Sq, M, D, DP)  # (8)
 
 
 @jit
@@ -736,40 +670,43 @@ def dkdv_kernel(
     T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
     PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gradient of N keys and values of one key head, over the tiles of all the query heads it serves."""
-    Kt = (Sk + T - 1) // T
-    steps = Kt * (T // N)
-    bh, pid = tl.program_id(0) // steps, tl.program_id(0) % steps
-    batch, head = bh // (H // G), bh % (H // G)
-    row = (batch * lay_b + head * G * lay_h) * Kt
-    tile = tl.load(order + row + pid // (T // N))
-    start, stop = tile * T + pid % (T // N) * N, Sk
-    if LENS:
-        stop = tl.minimum(tl.load(lens + batch), Sk).to(tl.int32)
-    j = start + tl.arange(0, N)
-    y = rows_of(k + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h, start, stop, k_s, N, D, DP, True)
-    z = rows_of(v + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h, start, stop, v_s, N, D, DP, True)
+    """The gradients of N keys and values of one key head, over the tiles of all the query heads that it serves."""
+    batch, head, row, first, stop = program(order, lens, H // G, lay_b, lay_h * G, Sk, Sk, T, N, LENS)
+    j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * D
+    y = rows_of(head_of(k, batch, head, k_b, k_h), first, stop, k_s, N, D, DP, True)
+    z = rows_of(head_of(v, batch, head, v_b, v_h), first, stop, v_s, N, D, DP, True)
     acc_k, acc_v = tl.zeros([N, DP], ACC), tl.zeros([N, DP], ACC)
-    for g in range(0, G):
-        h = head * G + g
-        at = ranges + ((batch * lay_b + h * lay_h) * Kt + tile) * 6
-        x = q + batch.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-        gradient = do + batch.to(tl.int64) * g_b + h.to(tl.int64) * g_h
-        queries = (batch * H + h).to(tl.int64) * Sq
-        a, a1, c, c1, e, e1 = (
-            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
-        )  # fmt: skip
-        acc_k, acc_v = dkdv_tiles(
-            acc_k, acc_v, y, z, x, gradient, lse + queries, delta + queries, idx, sub, part, bits, a, a1 - a, 0, 0, j,
-            q_s, g_s, Sq, stop, Sk - Sq, scale, D, DP, T, b, M, CAUSAL, RAGGED, PART, SIGN, PRECISION, False,
-        )  # fmt: skip
-        acc_k, acc_v = dkdv_tiles(
-            acc_k, acc_v, y, z, x, gradient, lse + queries, delta + queries, idx, sub, part, bits, c, c1 - c, e, e1 - e,
-            j, q_s, g_s, Sq, stop, Sk - Sq, scale, D, DP, T, b, M, CAUSAL, RAGGED, PART, SIGN, PRECISION, True,
-        )  # fmt: skip
-    inside = (j < stop)[:, None]
-    put_rows(dk + bh.to(tl.int64) * Sk * D, tl.where(inside, acc_k * factor, 0.0), start, Sk, N, D, DP)
-    put_rows(dv + bh.to(tl.int64) * Sk * D, tl.where(inside, acc_v, 0.0), start, Sk, N, D, DP)
+    for one in range(0, G):
+        h = head * G + one
+        queries, gradients = head_of(q, batch, h, q_b, q_h), head_of(do, batch, h, g_b, g_h)
+        of_head = (batch * H + h).to(tl.int64) * Sq
+        for MASKED in tl.static_range(2):
+            a, na, c, steps = steps_of(ranges + (row + one * lay_h * ((Sk + T - 1) // T)) * 6, T, M, MASKED)
+            for step in range(0, steps):
+                n = step // (T // M)
+                entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
+                start = tl.load(idx + entry) * T + step % (T // M) * M
+                i = start + tl.arange(0, M)
+                x = rows_of(queries, start, Sq, q_s, M, D, DP, MASKED or RAGGED)
+                g = rows_of(gradients, start, Sq, g_s, M, D, DP, MASKED or RAGGED)
+                ends, d = ends_of(lse + of_head, i, Sq), tl.load(delta + of_head + i, mask=i < Sq, other=0.0)
+                if MASKED:
+                    live = visible(i[None, :], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, True)
+                    sees = tl.max(live.to(tl.int32), 0)[:, None] > 0
+                    x = tl.where(sees, x, 0.0)  # nor the NaN of a query that sees nothing
+                    g = tl.where(sees, g, 0.0)
+                s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
+                if SIGN != 1:
+                    s = s * SIGN
+                p = tl.exp2(s * scale - ends[None, :])  # (4)
+                ds = p * (tl.dot(z, tl.trans(g), input_precision=PRECISION) - d[None, :])  # (6)
+                if MASKED:
+                    p = tl.where(live, p, 0.0)
+                    ds = tl.where(live, ds, 0.0)
+                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
+                acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=PRECISION)
+    put_rows(dk + where, tl.where(j < stop, acc_k * factor, 0.0), first, Sk, N, D, DP)  # (9)
+    put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, D, DP)  # (7)
 
 
 def ranges(seg, key, own, other, lo, hi, back):
@@ -820,7 +757,15 @@ def launch(kernel, table, q, tile, programs, *args, **constants):
         try:
             with torch.cuda.device_of(q):
                 kernel[(programs(M, N),)](
-                    *args, D=D, DP=DP, M=M, N=N, ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_stages=stages, num_warps=warps, **constants
+                    *args,
+                    D=D,
+                    DP=DP,
+                    M=M,
+                    N=N,
+                    ACC=tl.float64 if q.dtype == torch.float64 else tl.float32,
+                    num_stages=stages,
+                    num_warps=warps,
+                    **constants,
                 )
             FITS[key] = M, N, stages, warps
             return
@@ -937,9 +882,7 @@ forward_op.register_autograd(backward, setup_context=keep)
 backward_op.register_autograd(double_backward, setup_context=keep)
 
 
-def blocksparse_attention(
-    q, k, v, layout, *, causal=False, scale=None, kv_lens=None, return_lse=False, backend="auto"
-):
+def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=None, return_lse=False, backend="auto"):
     """Attention of q [B, H, Sq, D] over k and v [B, K, Sk, D] in the blocks of `layout`; H is a multiple of K.
 
     causal: query i sees key j only where j <= i + Sk - Sq, so the last query sees the last key. scale: of q . k, any
@@ -994,3 +937,249 @@ def check(q, k, v, layout, kv_lens, backend):
         require(q.is_cuda or INTERPRET, f"backend='triton' {need}", RuntimeError)
         require(fits, f"backend='triton' takes head sizes up to 256, and no float64: {shapes}, {q.dtype}")
     return backend
+
+
+# ==== self-check, benchmark and command line ==========================================================================
+@dataclass
+class Args:
+    """Check block-sparse attention against dense attention, then time it over layouts and densities."""
+
+    batch: int = 1  # B; 4 suits a large GPU
+    heads: int = 8  # H, of queries
+    kv_heads: int | None = None  # of keys and values, a divisor of --heads; None is --heads
+    seq: int = 4096  # Sq and Sk
+    dim: int = 64  # D
+    block: int = 64  # block size: 8, 16, 32, 64 or 128
+    densities: tuple[float, ...] = (0.05, 0.125, 0.25, 0.5, 0.9)  # of the random layouts, and of the figure
+    zoo: bool = True  # time the known patterns as well
+    dtype: str = "auto"  # float16, bfloat16, float32 or float64; auto is bfloat16 on CUDA, else float32
+    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
+    backend: str = "auto"  # auto, torch or triton
+    backward: bool = True  # time forward with backward too
+    flex: bool = True  # time FlexAttention beside it, where that runs: on a CPU forward alone
+    check: bool = True  # compare with dense attention first
+    repeats: int = 5  # the best of so many, every contender in turn
+    threads: int | None = None  # of the CPU; None leaves them as they are
+    seed: int = 0  # of inputs and random layouts
+    output: str | None = "blocksparse_attention.png"  # the figure; None for none
+
+
+def dense_attention(q, k, v, live, scale):
+    """(1) to (3) over all pairs, of which `live` [B, H, Sq, Sk] count: output, lse. What the self-check believes."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    s = (q @ k.mT * scale).masked_fill(~live, -math.inf)
+    some = live.any(-1, keepdim=True)
+    return s.masked_fill(~some, 0).softmax(-1).masked_fill(~some, 0) @ v, s.logsumexp(-1)
+
+
+def self_check(backend, device, dtype):
+    """Output, lse and gradients of small cases against dense attention in float64; returns the largest error over the
+    tolerance, which for 16 bits is twice the error of dense attention in the same type."""
+    worst, b = 0.0, 32
+    for heads, kv_heads, sq, sk, dim, is_causal in ((2, 1, 100, 100, 64, True), (2, 2, 70, 150, 80, False)):
+        layout = random(sq, sk, b, 0.5, heads, device=device)
+        live = layout.to_mask().repeat_interleave(b, 1).repeat_interleave(b, 2)[None, :, :sq, :sk]
+        live = live & torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq) if is_causal else live
+        shapes = [(1, heads, sq, dim), (1, kv_heads, sk, dim), (1, kv_heads, sk, dim), (1, heads, sq, dim)]
+        q, k, v, do = (torch.randn(s, device=device).to(dtype) for s in shapes)
+
+        def values(function, kind):
+            x = [y.detach().to(kind).requires_grad_() for y in (q, k, v)]
+            out, lse = function(*x)
+            some = lse > -math.inf
+            total = (out * do.to(kind)).sum() + lse[some].sum()
+            return [y.double() for y in (out, lse[some], *torch.autograd.grad(total, x))]
+
+        def run(q, k, v):
+            return blocksparse_attention(q, k, v, layout, causal=is_causal, return_lse=True, backend=backend)
+
+        def dense_run(q, k, v):
+            return dense_attention(q, k, v, live, dim**-0.5)
+
+        exact, ours, naive = values(dense_run, torch.float64), values(run, dtype), values(dense_run, dtype)
+        for e, o, n in zip(exact, ours, naive):
+            slack = 1e-10 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-3
+            allowed = 2 * (n - e).abs().max() * (dtype.itemsize == 2) + slack * e.abs().max()
+            worst = max(worst, ((o - e).abs().max() / allowed).item())
+    return worst
+
+
+def seconds(contenders, repeats, device):
+    """The least time of each function, all of them in turn, after one call that counts for nothing."""
+    best = [math.inf] * len(contenders)
+    for repeat in range(repeats + 1):
+        for n, contender in enumerate(contenders):
+            device.type == "cuda" and torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            contender()
+            device.type == "cuda" and torch.cuda.synchronize(device)
+            best[n] = min(best[n], time.perf_counter() - begin) if repeat else math.inf
+    return best
+
+
+def peak(function, device):
+    """Bytes that a call has at its peak above what there was before; NaN where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident
+        before = resident("VmRSS")
+        function()
+        return resident("VmHWM") - before
+    except OSError:
+        return math.nan
+
+
+def resident(name):
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
+
+
+def flex_mask(layout, seq, is_causal):
+    """The same layout for FlexAttention: whole blocks apart from those that the diagonal or an element mask cuts."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    b, live = layout.block_size, layout.to_mask()[(None,) * (4 - len(layout.shape))]
+    i, j = (torch.arange(live.shape[n], device=live.device) * b for n in (2, 3))
+    cut = torch.zeros_like(live)
+    if len(layout.tensors[12]):
+        row, col = blocks_of(layout.tensors)
+        cut = cut.view(-1).index_fill_(0, (row * layout.Kb + col)[layout.tensors[4] >= 0], True).view_as(live)
+    if is_causal:
+        live, cut = live & (j < i[:, None] + b), cut | (j + b > i[:, None] + 1)
+
+    def pack_blocks(blocks):
+        order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32), order.int()
+
+    def rule(batch, head, query, key):
+        allowed = key <= query if is_causal else key >= 0
+        return allowed & layout.rule(batch, head, query, key) if layout.rule else allowed
+
+    return BlockMask.from_kv_blocks(
+        *pack_blocks(live & cut), *pack_blocks(live & ~cut), BLOCK_SIZE=b, mask_mod=rule, seq_lengths=(seq, seq)
+    )
+
+
+def main(args):
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    kernels = triton is not None and (device.type == "cuda" or INTERPRET)
+    if args.check:
+        for backend in ["torch", "triton"][: 1 + kernels] if args.backend == "auto" else [args.backend]:
+            for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                if backend == "torch" or (
+                    kind is not torch.float64 if device.type == "cuda" else kind is not torch.bfloat16
+                ):
+                    worst = self_check(backend, device, kind)
+                    print(f"check: {backend}, {str(kind)[6:]}: largest error {worst:.2f} of what is allowed")
+                    if not worst <= 1:
+                        sys.exit("error: block-sparse attention differs from dense attention")
+
+    B, H, K, S, D, b = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.block
+    q, do = (torch.randn(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(B, K, S, D, device=device, dtype=dtype) for _ in range(2))
+    place = {"device": device}
+    layouts = [(f"random {d:.3g}", random(S, S, b, d, H, args.seed, **place), False) for d in args.densities]
+    layouts += [("dense", dense(S, S, b, **place), False)]
+    if args.zoo:
+        document = [S // 8, S // 4, S // 8, S // 2]
+        layouts += [
+            ("causal", causal(S, S, b, **place), True),
+            ("sliding window", sliding_window(S, S, b, S // 8, **place), False),
+            ("strided", strided(S, S, b, 8, H, **place), True),
+            ("fixed", fixed(S, S, b, 8, 1, H, **place), True),
+            ("bigbird", bigbird(S, S, b, heads=H, **place), False),
+            ("longformer", longformer(S, S, b, S // 8, b, **place), False),
+            ("block-diagonal", block_diagonal([*document, S - sum(document)], b, **place), False),
+            ("prefix-lm", prefix_lm(S, S, b, S // 4, **place), False),
+        ]
+    x = [y.requires_grad_() for y in (q, k, v)]
+
+    def sdpa():
+        return F.scaled_dot_product_attention(*x, enable_gqa=H != K)
+
+    def trained(forward):
+        return lambda: torch.autograd.grad(forward(), x, do)
+
+    flex = None
+    if args.flex:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = torch.compile(flex_attention, dynamic=False)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"\n{name}, torch {torch.__version__}: B{B} H{H} K{K} S{S} D{D} {str(dtype)[6:]}, block {b}, best of {args.repeats}"
+    )
+    print(f"{'':31}forward {'':29}{'with backward' if args.backward else ''}")
+    head = f"{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'x flex':>8}"
+    print(f"{'layout':<16}{'density':>8} " + head + (head + f"{'peak MB':>9}" if args.backward else ""))
+    points = []
+    for label, layout, is_causal in layouts:
+        flops = 4 * B * H * S * S * D * layout.density
+        line, density = f"{label:<16}{layout.density:>8.3f} ", layout.density
+
+        def ours():
+            return blocksparse_attention(*x, layout, causal=is_causal, backend=args.backend)
+
+        contenders = [ours, sdpa]
+        if flex:
+            try:
+                mask = flex_mask(layout, S, is_causal)
+                detached = x if device.type == "cuda" else [y.detach() for y in x]  # no gradients on a CPU
+
+                def flexed():
+                    return flex(*detached, block_mask=mask, enable_gqa=H != K)
+
+                flexed()
+                contenders.append(flexed)
+            except Exception as error:  # whatever it cannot compile
+                print(f"FlexAttention does not run {label}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+        for backward in [False, True][: 1 + args.backward]:
+            run = [trained(c) for c in contenders[: 2 if device.type == "cpu" else 3]] if backward else contenders
+            with torch.set_grad_enabled(backward):
+                t, against, *other = seconds(run, args.repeats, device)
+            line += f"{t * 1e3:>9.2f}{flops * (3.5 if backward else 1) / t / 1e12:>9.2f}{against / t:>9.2f}"
+            line += f"{other[0] / t:>8.2f}" if other else f"{'-':>8}"
+            points.append((backward, label.startswith("random"), density, t, against))
+        print(line + (f"{peak(trained(ours), device) / 2**20:>9.0f}" if args.backward else ""), flush=True)
+    if args.output:
+        draw(points, args.output, f"{name}: B{B} H{H} S{S} D{D} {str(dtype)[6:]}, block {b}")
+        print(f"\nwrote {args.output}")
+
+
+def draw(points, path, title):
+    """Time against density, with the line of a cost proportional to it from dense attention down."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = sorted({backward for backward, *_ in points})
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False)
+    for ax, backward in zip(axes[0], kinds):
+        mine = [p[1:] for p in points if p[0] == backward]
+        full = min(p[3] for p in mine) * 1e3
+        ax.plot([0, 1], [0, full], "--", color="grey", label="proportional to density")
+        ax.axhline(full, color="black", linewidth=1, label="dense SDPA")
+        for drawn, label, style in ((True, "random", "o-"), (False, "other layouts", "x")):
+            some = sorted((d, t * 1e3) for r, d, t, _ in mine if r == drawn)
+            some and ax.plot(*zip(*some), style, label=label)
+        ax.set(xlabel="density", ylabel="ms", xlim=(0, 1.02), title="forward + backward" if backward else "forward")
+        ax.set_ylim(bottom=0)
+        ax.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Args))
