@@ -271,10 +271,11 @@ def block_diagonal(lengths, block_size, device="cpu"):
 
 
 def random(sq, sk, block_size, density, heads=1, seed=0, device="cpu"):
-    """Each block with probability `density`, the diagonal always (Gray, Radford and Kingma 2017)."""
+    """The diagonal, and others at random up to `density` (Gray, Radford and Kingma 2017)."""
     i, j = grid(sq, sk, block_size, device)
     draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
-    return BlockLayout.from_mask((draw < density) | (i == j), block_size)
+    diagonal = 1 / max(draw.shape[1:])
+    return BlockLayout.from_mask((draw * (1 - diagonal) < density - diagonal) | (i == j), block_size)
 
 
 def prefix_lm(sq, sk, block_size, prefix, device="cpu"):
@@ -967,9 +968,9 @@ class Args:
 def dense_attention(q, k, v, live, scale):
     """(1) to (3) over all pairs, of which `live` [B, H, Sq, Sk] count: output, lse. What the self-check believes."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    s = (q @ k.mT * scale).masked_fill(~live, -math.inf)
     some = live.any(-1, keepdim=True)
-    return s.masked_fill(~some, 0).softmax(-1).masked_fill(~some, 0) @ v, s.logsumexp(-1)
+    s = (q @ k.mT * scale).masked_fill(~live, -math.inf).masked_fill(~some, 0)
+    return s.softmax(-1).masked_fill(~some, 0) @ v, s.logsumexp(-1).masked_fill(~some[..., 0], -math.inf)
 
 
 def self_check(backend, device, dtype):
