@@ -2,20 +2,66 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11", "numpy>=2", "tyro>=1,<2", "matplotlib>=3.9", "triton>=3.6; sys_platform == 'linux'"]
 # ///
-"""Block-sparse attention: softmax attention over chosen blocks, whose cost follows the number of blocks.
-DOC
+"""Block-sparse attention: softmax attention over chosen blocks, forward and backward, at their share of the cost.
+
+A layout says which blocks of b queries see which blocks of b keys; the rest is neither computed nor stored. On a GPU
+fused Triton kernels run, elsewhere plain PyTorch whose cost follows the density as well. It stands in for
+BlocksparseTransformer of openai/blocksparse (Gray, Radford and Kingma 2017), with any number of blocks in a row,
+layouts by head and batch, grouped heads, lengths, element masks, log-sum-exp and its gradient, and double backward.
+
+For query i and key j, L the pairs that live, and `scale` any number, D^-1/2 by default:
+
+    s_ij = scale q_i . k_j   for (i, j) in L, and -inf elsewhere                                              (1)
+    lse_i = log sum_j exp s_ij                                                                                (2)
+    o_i = sum_j p_ij v_j                                                                                      (3)
+    p_ij = exp(s_ij - lse_i)                                                                                  (4)
+    given do and dlse, the gradients of o and lse:
+    delta_i = do_i . o_i - dlse_i                                                                             (5)
+    ds_ij = p_ij (do_i . v_j - delta_i)                                                                       (6)
+    dv_j = sum_i p_ij do_i                                                                                    (7)
+    dq_i = scale sum_j ds_ij k_j                                                                              (8)
+    dk_j = scale sum_i ds_ij q_i                                                                              (9)
+
+L is the layout, its element masks, j < kv_lens and, where causal, j <= i + Sk - Sq, all at once. A query without any
+pair has o = 0, lse = -inf and no gradient. A key that no query selects may hold NaN.
+
+    from blocksparse_attention import BlockLayout, blocksparse_attention, sliding_window
+
+    layout = BlockLayout.from_mask(mask, block_size=64)      # bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb]
+    layout = sliding_window(4096, 4096, 64, window=512)      # or one of the zoo below
+    out = blocksparse_attention(q, k, v, layout)             # [B, H, Sq, D]; k and v may have fewer heads
+
+    python kernels/blocksparse_attention.py                  # check itself, measure, and draw; --help for the shapes
+
+FLOPs are counted as 4 B H Sq Sk D density forward, for two products, and 2.5 times that backward, for five. The kernels
+compute seven there, two of them twice, so that no sum depends on the order of programs; the PyTorch path five. The
+density is that of the blocks: what causal removes from them counts as done.
+
+TABLE
+What matters beyond the equations:
+ 1. The layout is in compressed rows and columns: memory linear in the blocks, built without loops in Python.
+ 2. -inf masks, and never a large number; a maximum of -inf is replaced before it is subtracted.
+ 3. The kernels put blocks into tiles of 64 or 128, of which 64 bits say which sub-blocks live. They run over whole
+    tiles first, with no mask at all, then over those that a mask, the diagonal or an end cuts.
+ 4. In those, keys that no query sees and queries that see no key are set to 0 first: 0 NaN is NaN.
+ 5. The scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
+ 6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
+ 7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache.
+ 8. It copies q, k and v where their blocks are no view; the kernels take strides as they are if the last one is 1.
+ 9. It waits for a GPU to know the sizes of its chunks; the kernels never do.
 """
 
 # Shapes: B batch, H query heads, K key heads, G = H / K, Sq queries, Sk keys, D head size; b block, Qb and Kb blocks of
 # queries and of keys, E live blocks; R rows of blocks, n blocks in each; T tile of blocks in the kernels, M x N scores.
 
+import itertools
 import math
 import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -158,16 +204,14 @@ class BlockLayout:
             for some in torch.arange(len(row), device=row.device).split(max(1, 2**22 // b**2)):
                 r, c = row[some, None, None], col[some, None, None]
                 i, j = r % Qb * b + within[:, None], c * b + within
-                live = (
-                    element_mask[some]
-                    if isinstance(element_mask, Tensor)
-                    else element_mask(r // Qb // H, r // Qb % H, i, j)
-                )
-                packed.append(pack(live.to(row.device).expand(len(some), b, b)))
+                given = isinstance(element_mask, Tensor)
+                live = element_mask[some] if given else element_mask(r // Qb // H, r // Qb % H, i, j)
+                packed.append(pack(live.to(row.device, torch.bool).expand(len(some), b, b)))
             partial, bits = (torch.cat(x) for x in zip(*packed))
-            part, partial = (
-                (torch.where(partial, partial.cumsum(0) - 1, -1).int(), partial) if len(bits) else (part, None)
-            )
+            if len(bits):
+                part = torch.where(partial, partial.cumsum(0) - 1, -1).int()
+            else:
+                partial = None
         back = entries(blocks.mT) if partial is None else None  # already sorted
         tensors = both_ways(row, col, blocks.shape, partial, part[:0].long(), part, bits, back)
         return cls(mask.shape, b, tensors, element_mask if callable(element_mask) else None)
@@ -205,26 +249,26 @@ def grid(sq, sk, block_size, device):
     return i[:, None], j[None, :]
 
 
-def dense(sq, sk, block_size, device="cpu"):
+def dense(sq, sk, block_size, device=None):
     """Every block (Vaswani et al. 2017, arXiv 1706.03762)."""
     i, j = grid(sq, sk, block_size, device)
     return BlockLayout.from_mask((i >= 0) & (j >= 0), block_size)
 
 
-def causal(sq, sk, block_size, device="cpu"):
+def causal(sq, sk, block_size, device=None):
     """Key blocks up to the diagonal, aligned to the bottom right (Radford et al. 2018); for a call with causal=True."""
     i, j = grid(sq, sk, block_size, device)
     return BlockLayout.from_mask(j * block_size < (i + 1) * block_size + sk - sq, block_size)
 
 
-def sliding_window(sq, sk, block_size, window, device="cpu"):
+def sliding_window(sq, sk, block_size, window, device=None):
     """The `window` keys that end at the query's own (Mistral: Jiang et al. 2023, arXiv 2310.06825)."""
     (i, j), b, shift = grid(sq, sk, block_size, device), block_size, sk - sq
     near = (j * b < (i + 1) * b + shift) & ((j + 1) * b - 1 > i * b + shift - window)
     return BlockLayout.from_mask(near, b, lambda _, h, i, j: (j <= i + shift) & (j > i + shift - window))
 
 
-def strided(sq, sk, block_size, stride, heads=1, device="cpu"):
+def strided(sq, sk, block_size, stride, heads=1, device=None):
     """The last `stride` blocks and every stride-th one before (Child et al. 2019, arXiv 1904.10509); with causal=True.
 
     The lattice of head h is shifted by h.
@@ -234,7 +278,7 @@ def strided(sq, sk, block_size, stride, heads=1, device="cpu"):
     return BlockLayout.from_mask((j <= i) & ((i - j < stride) | ((i - j - h) % stride == 0)), block_size)
 
 
-def fixed(sq, sk, block_size, stride, summary=1, heads=1, device="cpu"):
+def fixed(sq, sk, block_size, stride, summary=1, heads=1, device=None):
     """Blocks of the query's own stretch of `stride`, and `summary` of every stretch before (Child et al. 2019).
 
     Head h takes the summary h stretches of `summary` from the end, around; for a call with causal=True.
@@ -245,40 +289,47 @@ def fixed(sq, sk, block_size, stride, summary=1, heads=1, device="cpu"):
     return BlockLayout.from_mask((j <= i) & ((i // stride == j // stride) | last), block_size)
 
 
-def bigbird(sq, sk, block_size, window=3, globals=1, random=3, heads=1, seed=0, device="cpu"):
+def bigbird(sq, sk, block_size, window=3, globals=1, random=3, heads=1, seed=0, device=None):
     """A window, global blocks at the beginning and random ones (Zaheer et al. 2020, arXiv 2007.14062), in blocks."""
     i, j = grid(sq, sk, block_size, device)
-    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
+    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        i.device
+    )
     chosen = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, draw.topk(min(random, j.shape[1])).indices, True)
     return BlockLayout.from_mask(chosen | ((i - j).abs() <= window // 2) | (i < globals) | (j < globals), block_size)
 
 
-def longformer(sq, sk, block_size, window, globals=1, device="cpu"):
-    """`window` keys around the query's own, and tokens that see and are seen by all (Beltagy et al. 2020, 2004.05150)."""
+def longformer(sq, sk, block_size, window, globals=1, device=None):
+    """`window` keys around the query's own, and tokens that see and are seen by all (Beltagy et al. 2020)."""
     (i, j), b, half = grid(sq, sk, block_size, device), block_size, window // 2
     near = ((j - i) * b - b < half) & ((i - j) * b - b < half)
     mask = near | (i * b < globals) | (j * b < globals)
     return BlockLayout.from_mask(mask, b, lambda _, h, i, j: ((i - j).abs() <= half) | (i < globals) | (j < globals))
 
 
-def block_diagonal(lengths, block_size, device="cpu"):
+def block_diagonal(lengths, block_size, device=None):
     """Documents of given lengths, packed, that do not see each other (Krell et al. 2021, arXiv 2107.02027)."""
-    b, owner = block_size, torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths).to(device))
+    b, owner = (
+        block_size,
+        torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+    )
     first, last = owner[::b], torch.cat((owner[b - 1 :: b], owner[-1:]))[: -(-len(owner) // b)]  # of each block
     mask = (first[:, None] <= last) & (first <= last[:, None])
     end = len(owner) - 1
     return BlockLayout.from_mask(mask, b, lambda _, h, i, j: owner[i.clamp(max=end)] == owner[j.clamp(max=end)])
 
 
-def random(sq, sk, block_size, density, heads=1, seed=0, device="cpu"):
+def random(sq, sk, block_size, density, heads=1, seed=0, device=None):
     """The diagonal, and others at random up to `density` (Gray, Radford and Kingma 2017)."""
     i, j = grid(sq, sk, block_size, device)
-    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
+    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        i.device
+    )
     diagonal = 1 / max(draw.shape[1:])
     return BlockLayout.from_mask((draw * (1 - diagonal) < density - diagonal) | (i == j), block_size)
 
 
-def prefix_lm(sq, sk, block_size, prefix, device="cpu"):
+def prefix_lm(sq, sk, block_size, prefix, device=None):
     """Keys of the prefix, and those up to the query (Raffel et al. 2020, arXiv 1910.10683; autoregress_at_key)."""
     (i, j), b, shift = grid(sq, sk, block_size, device), block_size, sk - sq
     mask = (j * b < prefix) | (j * b < (i + 1) * b + shift)
@@ -487,7 +538,7 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 # ==== the Triton kernels ==============================================================================================
 @jit
 def rows_of(x, start, stop, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """N rows of x [S, D] from `start` on, padded with zeros: to DP, a power of two, and, where MASKED, from `stop` on."""
+    """N rows of x [S, D] from `start` on; zeros beyond D, up to DP, and, where MASKED, from row `stop` on."""
     n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
     at = x + start.to(tl.int64) * stride + n * stride + d
     if MASKED:
@@ -739,8 +790,8 @@ def ranges_both(layout, T, Sq, Sk, causal):
     return forth, ranges(layout[6], layout[8], Kt, Qt, back_lo, back_hi, True)
 
 
-# Tiles M x N, stages and warps by the bytes of a row of D: what is known to suit Hopper in 16 bits, less elsewhere.
-FORWARD = {128: (128, 128, 3, 4), 256: (128, 64, 3, 8), 512: (64, 32, 3, 4), 1024: (32, 32, 1, 4)}
+# M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps forward.
+FORWARD = {128: (128, 128, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 3, 4), 1024: (32, 32, 1, 4)}
 DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 4), 1024: (32, 32, 1, 4)}
 DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (32, 64, 2, 4), 1024: (32, 32, 1, 4)}
 DELTA = dict.fromkeys((128, 256, 512, 1024), (64, 16, 1, 4))
@@ -748,12 +799,13 @@ FITS = {}  # what a device with less shared memory takes instead
 
 
 def launch(kernel, table, q, tile, programs, *args, **constants):
-    """Start `kernel` with the tiles of its table, cut to `tile`; where they do not fit, with fewer stages, then smaller."""
+    """Start `kernel` with the tiles of its table, at most `tile`; if they do not fit, fewer stages, then smaller."""
     D, size = q.shape[3], 4 if q.dtype in (torch.float32, torch.float64) else 2
     DP = max(16, triton.next_power_of_2(D))
     key = kernel, tile, DP, size, q.device
     M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
     M, N = min(M, tile), min(N, tile)
+    warps = min(warps, M // 16) if table is FORWARD else warps
     while True:
         try:
             with torch.cuda.device_of(q):
@@ -783,17 +835,17 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     lens = layout[0] if kv_lens is None else kv_lens.contiguous()
     forth = lens, forth, layout[5], layout[1], layout[3], layout[4], layout[12]
     back = lens, back, layout[11], layout[7], layout[9], layout[10], layout[12]
-    # Kernels take a positive factor for the exponent, in units of log 2, and the sign apart: max(s) scale = max(s scale).
+    # Kernels take a positive factor, in units of log 2, and the sign apart: for it max(s) factor = max(s factor).
     factor = (abs(scale) or 1) * math.log2(math.e)
     numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, factor)
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    constants = {"T": T, "b": sizes[2], "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(layout[12]) > 0}
+    constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(layout[12]) > 0}
     constants |= {"SIGN": (scale > 0) - (scale < 0), "PRECISION": "tf32" if tf32 else "ieee"}
     return forth, back, numbers, constants
 
 
 def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
-    (B, H, Sq, D), T = q.shape, sizes[3]
+    (B, H, Sq, _), T = q.shape, sizes[3]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
     forth, _, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
@@ -804,7 +856,7 @@ def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
 
 
 def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal):
-    (B, H, Sq, D), (K, Sk), T = q.shape, k.shape[1:3], sizes[3]
+    (B, H, Sq, _), (K, Sk), T = q.shape, k.shape[1:3], sizes[3]
     q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
     forth, back, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
@@ -950,12 +1002,12 @@ class Args:
     kv_heads: int | None = None  # of keys and values, a divisor of --heads; None is --heads
     seq: int = 4096  # Sq and Sk
     dim: int = 64  # D
-    block: int = 64  # block size: 8, 16, 32, 64 or 128
+    block: Literal[8, 16, 32, 64, 128] = 64  # block size
     densities: tuple[float, ...] = (0.05, 0.125, 0.25, 0.5, 0.9)  # of the random layouts, and of the figure
     zoo: bool = True  # time the known patterns as well
-    dtype: str = "auto"  # float16, bfloat16, float32 or float64; auto is bfloat16 on CUDA, else float32
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"  # bfloat16 on CUDA, else float32
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
-    backend: str = "auto"  # auto, torch or triton
+    backend: Literal["auto", "torch", "triton"] = "auto"  # which path; auto is triton on CUDA
     backward: bool = True  # time forward with backward too
     flex: bool = True  # time FlexAttention beside it, where that runs: on a CPU forward alone
     check: bool = True  # compare with dense attention first
@@ -1019,24 +1071,16 @@ def seconds(contenders, repeats, device):
 
 
 def peak(function, device):
-    """Bytes that a call has at its peak above what there was before; NaN where the system does not tell."""
+    """Bytes of tensors at the peak of a call, above what there was before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident
-        before = resident("VmRSS")
+    with torch.profiler.profile(profile_memory=True) as run:
         function()
-        return resident("VmHWM") - before
-    except OSError:
-        return math.nan
-
-
-def resident(name):
-    """Bytes of this process: VmRSS now, VmHWM at most."""
-    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
+    moves = [(e.start_ns(), e.nbytes()) for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(moves)), default=0)
 
 
 def flex_mask(layout, seq, is_causal):
@@ -1071,36 +1115,35 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    kernels = triton is not None and (device.type == "cuda" or INTERPRET)
-    if args.check:
-        for backend in ["torch", "triton"][: 1 + kernels] if args.backend == "auto" else [args.backend]:
-            for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                if backend == "torch" or (
-                    kind is not torch.float64 if device.type == "cuda" else kind is not torch.bfloat16
-                ):
-                    worst = self_check(backend, device, kind)
-                    print(f"check: {backend}, {str(kind)[6:]}: largest error {worst:.2f} of what is allowed")
-                    if not worst <= 1:
-                        sys.exit("error: block-sparse attention differs from dense attention")
+    counts = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.repeats
+    if min(counts) < 1 or not all(0 < density <= 1 for density in args.densities):
+        sys.exit(f"error: shapes and --repeats must be above 0, densities up to 1: {counts}, {args.densities}")
+    for backend in ("torch", "triton") if args.check else ():
+        ours = backend == "torch" or (triton is not None and (device.type == "cuda" or INTERPRET))
+        unknown = {"torch": (), "triton": (torch.float64,) if device.type == "cuda" else (torch.bfloat16,)}[backend]
+        for kind in (kind for kind in DTYPES if ours and kind not in unknown):
+            worst = self_check(backend, device, kind)
+            print(f"check: {backend}, {str(kind)[6:]}: largest error {worst:.2f} of what is allowed")
+            if not worst <= 1:
+                sys.exit("error: block-sparse attention differs from dense attention")
 
     B, H, K, S, D, b = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.block
     q, do = (torch.randn(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(B, K, S, D, device=device, dtype=dtype) for _ in range(2))
-    place = {"device": device}
-    layouts = [(f"random {d:.3g}", random(S, S, b, d, H, args.seed, **place), False) for d in args.densities]
-    layouts += [("dense", dense(S, S, b, **place), False)]
-    if args.zoo:
-        document = [S // 8, S // 4, S // 8, S // 2]
-        layouts += [
-            ("causal", causal(S, S, b, **place), True),
-            ("sliding window", sliding_window(S, S, b, S // 8, **place), False),
-            ("strided", strided(S, S, b, 8, H, **place), True),
-            ("fixed", fixed(S, S, b, 8, 1, H, **place), True),
-            ("bigbird", bigbird(S, S, b, heads=H, **place), False),
-            ("longformer", longformer(S, S, b, S // 8, b, **place), False),
-            ("block-diagonal", block_diagonal([*document, S - sum(document)], b, **place), False),
-            ("prefix-lm", prefix_lm(S, S, b, S // 4, **place), False),
-        ]
+    with torch.device(device):
+        layouts = [(f"random {d:.3g}", random(S, S, b, d, H, args.seed), False) for d in args.densities]
+        layouts += [("dense", dense(S, S, b), False)]
+        if args.zoo:
+            layouts += [
+                ("causal", causal(S, S, b), True),
+                ("sliding window", sliding_window(S, S, b, S // 8), False),
+                ("strided", strided(S, S, b, 8, H), True),
+                ("fixed", fixed(S, S, b, 8, 1, H), True),
+                ("bigbird", bigbird(S, S, b, heads=H), False),
+                ("longformer", longformer(S, S, b, S // 8, b), False),
+                ("block-diagonal", block_diagonal([S // 8, S // 4, S // 8, S - S // 2], b), False),
+                ("prefix-lm", prefix_lm(S, S, b, S // 4), False),
+            ]
     x = [y.requires_grad_() for y in (q, k, v)]
 
     def sdpa():
@@ -1109,19 +1152,18 @@ def main(args):
     def trained(forward):
         return lambda: torch.autograd.grad(forward(), x, do)
 
-    flex = None
+    flex, points, ratios = None, [], ([], [])
     if args.flex:
         from torch.nn.attention.flex_attention import flex_attention
 
+        torch._dynamo.config.recompile_limit = 64  # a layout, a compilation
         flex = torch.compile(flex_attention, dynamic=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"\n{name}, torch {torch.__version__}: B{B} H{H} K{K} S{S} D{D} {str(dtype)[6:]}, block {b}, best of {args.repeats}"
-    )
+    title = f"{name}, torch {torch.__version__}: B{B} H{H} K{K} S{S} D{D} {str(dtype)[6:]}, block {b}"
+    print(f"\n{title}, best of {args.repeats}")
     print(f"{'':31}forward {'':29}{'with backward' if args.backward else ''}")
     head = f"{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'x flex':>8}"
     print(f"{'layout':<16}{'density':>8} " + head + (head + f"{'peak MB':>9}" if args.backward else ""))
-    points = []
     for label, layout, is_causal in layouts:
         flops = 4 * B * H * S * S * D * layout.density
         line, density = f"{label:<16}{layout.density:>8.3f} ", layout.density
@@ -1148,10 +1190,15 @@ def main(args):
                 t, against, *other = seconds(run, args.repeats, device)
             line += f"{t * 1e3:>9.2f}{flops * (3.5 if backward else 1) / t / 1e12:>9.2f}{against / t:>9.2f}"
             line += f"{other[0] / t:>8.2f}" if other else f"{'-':>8}"
+            ratios[backward].extend(against / t for against in other)
             points.append((backward, label.startswith("random"), density, t, against))
         print(line + (f"{peak(trained(ours), device) / 2**20:>9.0f}" if args.backward else ""), flush=True)
+    for label, some in zip(("forward", "with backward"), ratios):
+        some and print(
+            f"against FlexAttention, {label}: geometric mean {math.exp(sum(map(math.log, some)) / len(some)):.2f}"
+        )
     if args.output:
-        draw(points, args.output, f"{name}: B{B} H{H} S{S} D{D} {str(dtype)[6:]}, block {b}")
+        draw(points, args.output, title)
         print(f"\nwrote {args.output}")
 
 
@@ -1183,4 +1230,7 @@ def draw(points, path, title):
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -218,17 +218,21 @@ def test_nan_in_keys_that_are_hidden_inside_of_blocks(how, backend):
         assert y.equal(z), name
 
 
-def test_rows_that_see_nothing(backend):
-    """An empty row of blocks, an empty column, an empty head; gradients stay 0 whatever comes back for their lse."""
-    mask = torch.ones(3, 3, 3, dtype=torch.bool)
-    mask[0, 1], mask[1, :, 2], mask[2] = False, False, False
-    layout, x = BlockLayout.from_mask(mask.to(DEVICE), 16), inputs(1, 3, 3, 40, 40, 16)
-    live = pairs(mask, 16, 40, 40).to(DEVICE)
-    ours = compare(backend, layout, live, x)
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_that_see_nothing(causal, backend):
+    """An empty row of blocks, an empty column, an empty head; under causal=True, queries before the first key, some of
+    them beside others in a block. Gradients stay 0 whatever comes back for their lse."""
+    mask = torch.ones(3, 3, 3 - causal, dtype=torch.bool)
+    mask[0, 1], mask[1, :, 1], mask[2] = False, False, False
+    layout, x = BlockLayout.from_mask(mask.to(DEVICE), 16), inputs(1, 3, 3, 40, 40 - 19 * causal, 16)
+    live = pairs(mask, 16, 40, 40 - 19 * causal, causal=causal).to(DEVICE)
     empty = ~live.any(-1)
+    assert empty[0, 1, :19].all() == causal and not empty[0, 1, 19:].any()
+    ours = compare(backend, layout, live, x, causal=causal)
     assert (ours[0][empty] == 0).all() and (ours[1][empty] == -math.inf).all() and (ours[2][empty] == 0).all()
     x[4][empty] = math.nan
-    again = values(lambda *y: attention(*y, layout, return_lse=True, backend=backend), *x)
+    x[0][empty], x[3][empty] = math.nan, math.nan  # nor does what they hold go anywhere
+    again = values(lambda *y: attention(*y, layout, causal=causal, return_lse=True, backend=backend), *x)
     assert all(y.equal(z) for y, z in zip(ours, again))
 
 
@@ -599,11 +603,23 @@ def test_speed_on_a_cpu(density, forward, backward):
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
+def test_the_header_agrees_with_requirements():
+    header = FILE.read_text().split("# ///")[1]
+    for floor in re.findall(r'"([^"]+)"', re.search(r"dependencies = (.*)", header).group(1)):
+        assert floor.startswith("torch") or floor.replace("'", '"') in (ROOT / "requirements.txt").read_text()
+
+
 def test_equations_of_the_docstring_are_found_in_the_code():
     text = FILE.read_text()
     numbers = set(re.findall(r"\((\d+)\)$", ast.get_docstring(ast.parse(text)), re.M))
     assert numbers and numbers <= set(re.findall(r"\((\d+)\)", text.split('"""', 2)[2]))
     assert all("  # " in line for line in inspect.getsource(bs.Args).splitlines() if re.match(r"    \w+:", line))
+
+
+@pytest.mark.slow
+def test_a_bad_flag_is_one_sentence():
+    done = subprocess.run([sys.executable, FILE, "--seq", "0"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: shapes") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
