@@ -1194,7 +1194,7 @@ def main(args):
             run = [trained(c) for c in contenders[: 2 if device.type == "cpu" else 3]] if backward else contenders
             with torch.set_grad_enabled(backward):
                 t, against, *other = seconds(run, args.repeats, device)
-            line += f"{t * 1e3:>9.2f}{flops * (3.5 if backward else 1) / t / 1e12:>9.2f}{against / t:>9.2f}"
+            line += f"{t * 1e3:>9.2f}{flops * (3.5 if backward else 1) / t / 1e12:>9.3f}{against / t:>9.2f}"
             line += f"{other[0] / t:>8.2f}" if other else f"{'-':>8}"
             ratios[backward].extend(against / t for against in other)
             points.append((backward, label.startswith("random"), density, t, against))
