@@ -1,0 +1,1242 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "numpy>=2", "tyro>=1,<2", "matplotlib>=3.9", "triton>=3.6; sys_platform == 'linux'"]
+# ///
+"""Block-sparse attention: softmax attention over chosen blocks, forward and backward, at their share of the cost.
+
+A layout says which blocks of b queries see which blocks of b keys; the rest is neither computed nor stored. On a GPU
+fused Triton kernels run, elsewhere plain PyTorch whose cost follows the density as well. It stands in for
+BlocksparseTransformer of openai/blocksparse (Gray, Radford and Kingma 2017), with any number of blocks in a row,
+layouts by head and batch, grouped heads, lengths, element masks, log-sum-exp and its gradient, and double backward.
+
+For query i and key j, L the pairs that live, and `scale` any number, D^-1/2 by default:
+
+    s_ij = scale q_i . k_j   for (i, j) in L, and -inf elsewhere                                              (1)
+    lse_i = log sum_j exp s_ij                                                                                (2)
+    o_i = sum_j p_ij v_j                                                                                      (3)
+    p_ij = exp(s_ij - lse_i)                                                                                  (4)
+    given do and dlse, the gradients of o and lse:
+    delta_i = do_i . o_i - dlse_i                                                                             (5)
+    ds_ij = p_ij (do_i . v_j - delta_i)                                                                       (6)
+    dv_j = sum_i p_ij do_i                                                                                    (7)
+    dq_i = scale sum_j ds_ij k_j                                                                              (8)
+    dk_j = scale sum_i ds_ij q_i                                                                              (9)
+
+L is the layout, its element masks, j < kv_lens and, where causal, j <= i + Sk - Sq, all at once. A query without any
+pair has o = 0, lse = -inf and no gradient. A key that no query selects may hold NaN.
+
+    from blocksparse_attention import BlockLayout, blocksparse_attention, sliding_window
+
+    layout = BlockLayout.from_mask(mask, block_size=64)      # bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb]
+    layout = sliding_window(4096, 4096, 64, window=512)      # or one of the zoo below
+    out = blocksparse_attention(q, k, v, layout)             # [B, H, Sq, D]; k and v may have fewer heads
+
+    python kernels/blocksparse_attention.py                  # check itself, measure, and draw; --help for the shapes
+
+FLOPs are counted as 4 B H Sq Sk D density forward, for two products, and 2.5 times that backward, for five. The kernels
+compute seven there, two of them twice, so that no sum depends on the order of programs; the PyTorch path five. The
+density is that of the blocks: what causal removes from them counts as done.
+
+Measured so far on a CPU alone: B 1, H 4, S 4096, D 64, float32, block 64, random layouts with the diagonal, one thread
+of a machine busy with other work, so in seconds of the process's own CPU time, the best of 4 beside dense SDPA in turn:
+
+    density      forward   dense    times       with backward   dense    times
+       5.2 %       30 ms  199 ms     6.5 x              95 ms  709 ms     7.5 x
+      12.6 %       63 ms  198 ms     3.2 x             202 ms  712 ms     3.5 x
+      24.7 %      125 ms  202 ms     1.6 x             372 ms  709 ms     1.9 x
+      89.7 %      445 ms  202 ms    0.45 x            1313 ms  701 ms    0.53 x
+     100   %      185 ms  183 ms     1.0 x             672 ms  677 ms     1.0 x
+
+No GPU has been at hand: the kernels are checked in Triton's interpreter. For the table of your machine, run the file.
+
+What matters beyond the equations:
+ 1. The layout is in compressed rows and columns: memory linear in the blocks, built without loops in Python.
+ 2. -inf masks, and never a large number; a maximum of -inf is replaced before it is subtracted.
+ 3. The kernels put blocks into tiles of 64 or 128, of which 64 bits say which sub-blocks live. They run over whole
+    tiles first, with no mask at all, then over those that a mask, the diagonal or an end cuts.
+ 4. In those, keys that no query sees and queries that see no key are set to 0 first: 0 NaN is NaN.
+ 5. The scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
+ 6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
+ 7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache.
+ 8. It copies q, k and v where their blocks are no view; the kernels take strides as they are if the last one is 1.
+ 9. It waits for a GPU to know the sizes of its chunks; the kernels never do.
+"""
+
+# Shapes: B batch, H query heads, K key heads, G = H / K, Sq queries, Sk keys, D head size; b block, Qb and Kb blocks of
+# queries and of keys, E live blocks; R rows of blocks, n blocks in each; T tile of blocks in the kernels, M x N scores.
+
+import itertools
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the CPU wheel of torch brings none, and the PyTorch path works without
+    triton, tl = None, SimpleNamespace(constexpr=float)
+jit = triton.jit if triton else lambda kernel: kernel
+
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, in numpy
+BLOCKS = (8, 16, 32, 64, 128)
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+CHUNK = 2**19  # scores that the PyTorch path holds at a time, unless one row has more
+
+
+# ==== the layout ======================================================================================================
+def entries(live):
+    """bool [heads, own, other] -> row [E], heads and own in one number, and column [E], in order."""
+    *head, row, col = live.squeeze(0).nonzero().unbind(1)
+    return head[0] * live.shape[1] + row if head else row, col
+
+
+def index(row, col, shape, partial, sub, part, late):
+    """The index of blocks, given in order, of heads x own x other = `shape`: six tensors.
+
+    seg [2 R + 1]: row r has its whole blocks from seg[2r] to seg[2r + 1], its partial ones from there to seg[2r + 2];
+    idx [E] columns, ascending in either part; key [E] to search in, sub [E] which sub-blocks live, part [E] which
+    element mask, or -1, all three [0] where there are none; order [heads, own]: rows, the longest first.
+    """
+    heads, own, other = shape
+    rows = torch.arange(2 * heads * own + 1, device=row.device)
+    if partial is not None:
+        key, by_key = ((row * 2 + partial) * other + col).sort()
+        sub, part = (x[by_key] if len(x) else x for x in (sub, part))
+        col, seg = key % other, torch.searchsorted(key, rows * other)
+    else:
+        key, seg = row[:0], torch.searchsorted(row.contiguous(), rows[: heads * own + 1]).repeat_interleave(2)[1:]
+    count = (seg[2::2] - seg[:-2:2]).view(heads, own)
+    if late:  # of equally long rows the late ones go first: under causal=True they are longer
+        order = own - 1 - count.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    else:
+        order = count.argsort(dim=-1, descending=True, stable=True)
+    return [seg.int(), col.int(), key, sub, part, order.int()]
+
+
+def both_ways(row, col, shape, partial, sub, part, bits, back=None):
+    """The index of the query blocks, that of the key blocks, and the packed element masks: thirteen tensors."""
+    heads, Qb, Kb = shape
+    forth = index(row, col, shape, partial, sub, part, late=True)
+    back = back or (row // Qb * Kb + col, row % Qb)
+    return [*forth, *index(*back, (heads, Kb, Qb), partial, sub, part, late=False), bits]
+
+
+def blocks_of(tensors):
+    """Row [E] and column [E] of every block of an index."""
+    seg, idx = tensors[0].long(), tensors[1].long()
+    count = seg[2::2] - seg[:-2:2]
+    return torch.arange(len(count), device=idx.device).repeat_interleave(count, output_size=len(idx)), idx
+
+
+def pack(mask):
+    """Element masks [E, b, b] -> which are partial [E], and those packed in bits [partial, b, b / 8]."""
+    partial = ~mask.flatten(1).all(1)
+    octets = mask[partial].unflatten(2, (-1, 8)).byte() << torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return partial, octets.sum(-1, dtype=torch.uint8)
+
+
+def unpack(bits):
+    """[..., b / 8] -> bool [..., b]."""
+    return (bits[..., None] >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1).bool().flatten(-2)
+
+
+def coarsen(tensors, shape, b):
+    """Tiles for the kernels, 64 or 128 wide, of which `sub` says which blocks live: their size and thirteen tensors."""
+    (heads, Qb, Kb), part, bits = shape, tensors[4], tensors[12]
+    row, col = blocks_of(tensors)
+
+    def tiles(T):
+        f = T // b
+        return row // Qb * -(-Qb // f) * -(-Kb // f) + row % Qb // f * -(-Kb // f) + col // f
+
+    T = max(b, 64)
+    if 8 < b < 128 and len(row) and 0.9 * len(tiles(128).unique()) * (128 // b) ** 2 <= len(row):
+        T = 128  # where the blocks fill them, wide tiles are faster
+    f, (tile, of) = T // b, tiles(T).unique(return_inverse=True)
+    Qt, Kt = -(-Qb // f), -(-Kb // f)
+    at, sub, partial, tile_part = row % Qb % f * f + col % f, part[:0].long(), torch.zeros_like(tile).bool(), part
+    if f > 1:
+        sub = torch.zeros_like(tile).index_add_(0, of, torch.ones_like(at) << at)
+        partial = sub != (-1 if f == 8 else (1 << f * f) - 1)
+    if len(part):  # a tile with an element mask in it has one of its own size
+        one = part >= 0
+        masked = torch.zeros_like(partial).index_fill_(0, of[one], True)
+        tile_part = torch.where(masked, masked.cumsum(0) - 1, -1).int()
+        octets = torch.full((int(masked.sum()), f * f, b, b // 8), 255, dtype=torch.uint8, device=row.device)
+        octets[tile_part[of[one]].long(), at[one]] = bits[part[one].long()]
+        bits = octets.unflatten(1, (f, f)).transpose(2, 3).reshape(-1, T, T // 8)
+        partial |= masked
+    return T, both_ways(tile // Kt, tile % Kt, (heads, Qt, Kt), partial, sub, tile_part, bits)
+
+
+class BlockLayout:
+    """Which blocks of queries see which blocks of keys, in compressed rows and columns: memory linear in the blocks."""
+
+    def __init__(self, shape, block_size, tensors, rule=None):
+        self.shape, self.block_size, self.tensors, self.rule = tuple(shape), block_size, tensors, rule
+        *_, self.lead_b, self.lead_h, self.Qb, self.Kb = 1, 1, *self.shape
+        self.tile, self.tiles = block_size, tensors
+        if self.device.type == "cuda" or INTERPRET:  # where there are kernels to take them
+            self.tile, self.tiles = coarsen(tensors, (self.lead_b * self.lead_h, self.Qb, self.Kb), block_size)
+
+    @classmethod
+    def from_mask(cls, mask, block_size, element_mask=None):
+        """`mask`, bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb], has the live blocks; leading dimensions may be 1.
+
+        `element_mask` has patterns inside of them: bool [E, b, b] in the order of mask.nonzero(), or a function of
+        batch, head, query and key (integer tensors that broadcast) that says which pairs live; it is called on live
+        blocks only. What causal=True, the ends and kv_lens remove needs no element mask.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3, 4) or not mask.numel():
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb], not empty; it is {got}")
+        if block_size not in BLOCKS:
+            raise ValueError(f"block_size must be one of {BLOCKS}; it is {block_size}")
+        b, (_, H, Qb, Kb) = block_size, (1, 1, *mask.shape)[-4:]
+        blocks = mask.reshape(-1, Qb, Kb)
+        row, col = entries(blocks)
+        part, bits = row.new_empty(0, dtype=torch.int32), row.new_empty(0, b, b // 8, dtype=torch.uint8)
+        partial = None
+        if element_mask is not None and len(row):
+            if isinstance(element_mask, Tensor) and (
+                element_mask.dtype != torch.bool or element_mask.shape != (len(row), b, b)
+            ):
+                got = f"{element_mask.dtype} {list(element_mask.shape)}"
+                raise ValueError(f"element_mask must be bool {[len(row), b, b]}, a [b, b] for each block; it is {got}")
+            within, packed = torch.arange(b, device=row.device), []
+            for some in torch.arange(len(row), device=row.device).split(max(1, 2**22 // b**2)):
+                r, c = row[some, None, None], col[some, None, None]
+                i, j = r % Qb * b + within[:, None], c * b + within
+                given = isinstance(element_mask, Tensor)
+                live = element_mask[some] if given else element_mask(r // Qb // H, r // Qb % H, i, j)
+                packed.append(pack(live.to(row.device, torch.bool).expand(len(some), b, b)))
+            partial, bits = (torch.cat(x) for x in zip(*packed))
+            if len(bits):
+                part = torch.where(partial, partial.cumsum(0) - 1, -1).int()
+            else:
+                partial = None
+        back = entries(blocks.mT) if partial is None else None  # already sorted
+        tensors = both_ways(row, col, blocks.shape, partial, part[:0].long(), part, bits, back)
+        return cls(mask.shape, b, tensors, element_mask if callable(element_mask) else None)
+
+    @property
+    def device(self):
+        return self.tensors[0].device
+
+    @property
+    def density(self):
+        """The share of the blocks that live."""
+        return len(self.tensors[1]) / math.prod(self.shape)
+
+    def to(self, device):
+        return BlockLayout(self.shape, self.block_size, [x.to(device) for x in self.tensors], self.rule)
+
+    def to_mask(self):
+        """The mask of blocks that it was made from."""
+        row, col = blocks_of(self.tensors)
+        mask = torch.zeros(math.prod(self.shape), dtype=torch.bool, device=self.device)
+        return mask.index_fill_(0, row * self.Kb + col, True).view(self.shape)
+
+    def __repr__(self):
+        b, E, masked = self.block_size, len(self.tensors[1]), len(self.tensors[12])
+        return (
+            f"BlockLayout({list(self.shape)} of {b} x {b}: {self.Qb * b} queries, {self.Kb * b} keys, {E} blocks, "
+            f"density {self.density:.3g}, {masked} with an element mask, on {self.device})"
+        )
+
+
+# ==== the zoo: known patterns =========================================================================================
+def grid(sq, sk, block_size, device):
+    """Indices of the query blocks [Qb, 1] and of the key blocks [1, Kb]."""
+    i, j = (torch.arange(-(-s // block_size), device=device) for s in (sq, sk))
+    return i[:, None], j[None, :]
+
+
+def dense(sq, sk, block_size, device=None):
+    """Every block (Vaswani et al. 2017, arXiv 1706.03762)."""
+    i, j = grid(sq, sk, block_size, device)
+    return BlockLayout.from_mask((i >= 0) & (j >= 0), block_size)
+
+
+def causal(sq, sk, block_size, device=None):
+    """Key blocks up to the diagonal, aligned to the bottom right (Radford et al. 2018); for a call with causal=True."""
+    i, j = grid(sq, sk, block_size, device)
+    return BlockLayout.from_mask(j * block_size < (i + 1) * block_size + sk - sq, block_size)
+
+
+def sliding_window(sq, sk, block_size, window, device=None):
+    """The `window` keys that end at the query's own (Mistral: Jiang et al. 2023, arXiv 2310.06825)."""
+    (i, j), b, shift = grid(sq, sk, block_size, device), block_size, sk - sq
+    near = (j * b < (i + 1) * b + shift) & ((j + 1) * b - 1 > i * b + shift - window)
+    return BlockLayout.from_mask(near, b, lambda _, h, i, j: (j <= i + shift) & (j > i + shift - window))
+
+
+def strided(sq, sk, block_size, stride, heads=1, device=None):
+    """The last `stride` blocks and every stride-th one before (Child et al. 2019, arXiv 1904.10509); with causal=True.
+
+    The lattice of head h is shifted by h.
+    """
+    i, j = grid(sq, sk, block_size, device)
+    h, i = torch.arange(heads, device=device)[:, None, None], i + (sk - sq) // block_size
+    return BlockLayout.from_mask((j <= i) & ((i - j < stride) | ((i - j - h) % stride == 0)), block_size)
+
+
+def fixed(sq, sk, block_size, stride, summary=1, heads=1, device=None):
+    """Blocks of the query's own stretch of `stride`, and `summary` of every stretch before (Child et al. 2019).
+
+    Head h takes the summary h stretches of `summary` from the end, around; for a call with causal=True.
+    """
+    i, j = grid(sq, sk, block_size, device)
+    h, i = torch.arange(heads, device=device)[:, None, None], i + (sk - sq) // block_size
+    last = (stride - 1 - j % stride) // summary == h % max(1, stride // summary)
+    return BlockLayout.from_mask((j <= i) & ((i // stride == j // stride) | last), block_size)
+
+
+def bigbird(sq, sk, block_size, window=3, globals=1, random=3, heads=1, seed=0, device=None):
+    """A window, global blocks at the beginning and random ones (Zaheer et al. 2020, arXiv 2007.14062), in blocks."""
+    i, j = grid(sq, sk, block_size, device)
+    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        i.device
+    )
+    chosen = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, draw.topk(min(random, j.shape[1])).indices, True)
+    return BlockLayout.from_mask(chosen | ((i - j).abs() <= window // 2) | (i < globals) | (j < globals), block_size)
+
+
+def longformer(sq, sk, block_size, window, globals=1, device=None):
+    """`window` keys around the query's own, and tokens that see and are seen by all (Beltagy et al. 2020)."""
+    (i, j), b, half = grid(sq, sk, block_size, device), block_size, window // 2
+    near = ((j - i) * b - b < half) & ((i - j) * b - b < half)
+    mask = near | (i * b < globals) | (j * b < globals)
+    return BlockLayout.from_mask(mask, b, lambda _, h, i, j: ((i - j).abs() <= half) | (i < globals) | (j < globals))
+
+
+def block_diagonal(lengths, block_size, device=None):
+    """Documents of given lengths, packed, that do not see each other (Krell et al. 2021, arXiv 2107.02027)."""
+    b, owner = (
+        block_size,
+        torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+    )
+    first, last = owner[::b], torch.cat((owner[b - 1 :: b], owner[-1:]))[: -(-len(owner) // b)]  # of each block
+    mask = (first[:, None] <= last) & (first <= last[:, None])
+    end = len(owner) - 1
+    return BlockLayout.from_mask(mask, b, lambda _, h, i, j: owner[i.clamp(max=end)] == owner[j.clamp(max=end)])
+
+
+def random(sq, sk, block_size, density, heads=1, seed=0, device=None):
+    """The diagonal, and others at random up to `density` (Gray, Radford and Kingma 2017)."""
+    i, j = grid(sq, sk, block_size, device)
+    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
+        i.device
+    )
+    diagonal = 1 / max(draw.shape[1:])
+    return BlockLayout.from_mask((draw * (1 - diagonal) < density - diagonal) | (i == j), block_size)
+
+
+def prefix_lm(sq, sk, block_size, prefix, device=None):
+    """Keys of the prefix, and those up to the query (Raffel et al. 2020, arXiv 1910.10683; autoregress_at_key)."""
+    (i, j), b, shift = grid(sq, sk, block_size, device), block_size, sk - sq
+    mask = (j * b < prefix) | (j * b < (i + 1) * b + shift)
+    return BlockLayout.from_mask(mask, b, lambda _, h, i, j: (j < prefix) | (j <= i + shift))
+
+
+# ==== the PyTorch path ================================================================================================
+def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
+    """Rows of query blocks, or of key blocks, batched by their number of blocks, some CHUNK scores at a time.
+
+    Yields rows [R] and blocks [R n], as numbers of blocks of q and of k, and a mask [R, b, t b] of the last t blocks of
+    each row, or None where t is 0: only blocks that need a mask are there, or whole ones to fill up.
+    """
+    (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
+    seg, idx, _, _, part, _ = layout[6:12] if by_key else layout[:6]
+    Qb, Kb, shift = -(-Sq // b), -(-Sk // b), Sk - Sq
+    own, arange = Kb if by_key else Qb, torch.arange(b, device=q.device)
+
+    # Every live block: row, entry of the layout, block of queries i, block of keys j, where the keys end.
+    first, last = (x.view(lead_b, lead_h, own).expand(B, H, own).flatten().long() for x in (seg[:-2:2], seg[2::2]))
+    count = last - first
+    row = torch.arange(B * H * own, device=q.device).repeat_interleave(count)
+    entry = torch.arange(len(row), device=q.device) + (last - count.cumsum(0))[row]
+    head, i, j = row // own, row % own, idx[entry].long()
+    i, j = (j, i) if by_key else (i, j)
+    stop = torch.full_like(row, Sk) if kv_lens is None else kv_lens.clamp(0, Sk).long()[head // H]
+    partial = (j + 1) * b > stop
+    if len(part):
+        partial |= part[entry] >= 0
+    if causal:
+        partial |= (j + 1) * b > i * b + 1 + shift
+    if causal or kv_lens is not None:  # leave out what they hide wholly
+        live = j * b < stop
+        if causal:
+            live &= j * b < ((i + 1) * b).clamp(max=Sq) + shift
+        head, entry, i, j, stop, partial = (x[live] for x in (head, entry, i, j, stop, partial))
+
+    # Sorted by row, whole blocks first; rows sorted by their number of blocks, of masked ones.
+    q_block, k_block = head * Qb + i, (head // H * K + head % H // (H // K)) * Kb + j
+    row, block, R = (k_block, q_block, B * K * Kb) if by_key else (q_block, k_block, B * H * Qb)
+    by_row = (row * 2 + partial).argsort(stable=True)
+    block, entry, i, j, stop = (x[by_row] for x in (block, entry, i, j, stop))
+    count, tail = torch.bincount(row, minlength=R), torch.bincount(row[partial], minlength=R)
+    first, order = count.cumsum(0) - count, (count * (len(row) + 1) + tail).argsort()
+    numbers, groups = count[order].unique_consecutive(return_counts=True)
+    for n, rows in zip(numbers.tolist(), order.split(groups.tolist())):
+        for rows in rows.split(max(1, CHUNK // max(1, n * b * b))):
+            at = first[rows, None] + torch.arange(n, device=q.device)  # [R, n]
+            t, mask = int(tail[rows[-1]]), None  # the rows of a group have them in ascending order
+            if t:
+                late = at[:, n - t :]
+                query, key = i[late][..., None, None] * b + arange[:, None], j[late][..., None, None] * b + arange
+                mask = (query < Sq) & (key < stop[late][..., None, None])  # [R, t, b of queries, b of keys]
+                if causal:
+                    mask &= key <= query + shift
+                if len(part):
+                    which = part[entry[late]].long()
+                    mask &= unpack(layout[12][which.clamp(min=0)]) | (which < 0)[..., None, None]
+                mask = (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
+            yield rows, block[at].flatten(), mask
+
+
+def to_blocks(x, b):
+    """[B, H, S, D] -> [B H blocks, b, D], the end padded with zeros; a view where it can be one."""
+    short = -x.shape[2] % b
+    return (F.pad(x, (0, 0, 0, short)) if short else x).reshape(-1, b, x.shape[3])
+
+
+def from_blocks(x, shape):
+    """The way back: [B H blocks, b, ...] -> [B, H, S, ...]."""
+    return x.view(*shape[:2], -1, *x.shape[2:])[:, :, : shape[2]].contiguous()
+
+
+class Pool(dict):
+    """Named buffers that are used again, since fresh pages cost as much as arithmetic."""
+
+    def __init__(self, like, dtype):
+        self.like, self.dtype = like, dtype
+
+    def get(self, name, *shape):
+        size = math.prod(shape)
+        if name not in self or self[name].numel() < size:
+            self[name] = None  # give the old one back first
+            self[name] = self.like.new_empty(size, dtype=self.dtype)
+        return self[name][:size].view(shape)
+
+    def take(self, name, x, rows):
+        """x[rows] in the type to compute in."""
+        out = self.get(name, len(rows), *x.shape[1:])
+        return torch.index_select(x, 0, rows, out=out) if x.dtype == self.dtype else out.copy_(x.index_select(0, rows))
+
+
+def accurate(x):
+    """The type of statistics and sums."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def whole(layout, sizes, q, k, kv_lens, causal):
+    """Whether a layout is full, on a CPU, where PyTorch's own attention does the same."""
+    square = q.shape[2] == k.shape[2] or not causal
+    full = layout[1].numel() == math.prod(sizes[:2]) * -(-q.shape[2] // sizes[2]) * -(-k.shape[2] // sizes[2])
+    return full and not len(layout[12]) and kv_lens is None and square and q.shape[1] == k.shape[1] and not q.is_cuda
+
+
+def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
+    b, D, dtype = sizes[2], q.shape[3], accurate(q)
+    if whole(layout, sizes, q, k, kv_lens, causal):
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out.contiguous(), lse.contiguous()
+    Q, K, V = (to_blocks(x, b) for x in (q, k, v))
+    out, lse, pool = torch.empty_like(Q), Q.new_empty(Q.shape[:2], dtype=dtype), Pool(q, dtype)
+    for rows, blocks, mask in chunks(layout, sizes, q, k, kv_lens, causal, by_key=False):
+        R, n = len(rows), len(blocks) // len(rows)
+        if not n:
+            out[rows], lse[rows] = 0, -math.inf
+            continue
+        x, y = pool.take("q", Q, rows), pool.take("k", K, blocks).view(R, n * b, D)
+        t = 0 if mask is None else mask.shape[2]
+        unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
+        t and y[:, n * b - t :].masked_fill_(unseen, 0)
+        s = pool.get("s", R, b, n * b)
+        torch.baddbmm(s, x, y.mT, beta=0, alpha=scale, out=s)  # (1)
+        t and s[:, :, n * b - t :].masked_fill_(~mask, -math.inf)
+        m = s.amax(-1, keepdim=True)
+        t and m.masked_fill_(m == -math.inf, 0)  # a row that sees nothing
+        s.sub_(m).exp_()
+        total = s.sum(-1, keepdim=True)
+        y = pool.take("k", V, blocks).view(R, n * b, D)
+        t and y[:, n * b - t :].masked_fill_(unseen, 0)
+        o = torch.bmm(s, y, out=pool.get("o", R, b, D)).div_(total.masked_fill(total == 0, 1) if t else total)  # (3)
+        out.index_copy_(0, rows, o.to(q.dtype))
+        lse.index_copy_(0, rows, m.add_(total.log_())[..., 0])  # (2)
+    return from_blocks(out, q.shape), from_blocks(lse, q.shape)
+
+
+def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal):
+    b, D, dtype = sizes[2], q.shape[3], accurate(q)
+    if whole(layout, sizes, q, k, kv_lens, causal) and not dlse.any():  # which knows no gradient of lse
+        q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return tuple(x.contiguous() for x in backward(do, q, k, v, out, lse, 0.0, causal, scale=scale))
+    Q, K, V, dO = (to_blocks(x, b) for x in (q, k, v, do))
+    empty = lse == -math.inf
+    delta = torch.cat(
+        [(x.to(dtype) * y).sum(-1) for x, y in zip(do.flatten(0, 1).split(1), out.flatten(0, 1).split(1))]
+    )
+    delta = (delta.view_as(lse) - dlse).masked_fill_(empty, 0)  # (5), and whatever came for an empty row
+    ends = lse.masked_fill(empty, math.inf)  # exp(s - inf) is 0
+    delta, ends = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (ends, math.inf)))
+    dq, dk, dv = torch.zeros_like(Q, dtype=dtype), torch.empty_like(K), torch.empty_like(V)
+    pool = Pool(q, dtype)
+    for rows, blocks, mask in chunks(layout, sizes, q, k, kv_lens, causal, by_key=True):
+        R, n = len(rows), len(blocks) // len(rows)
+        if not n:
+            dk[rows], dv[rows] = 0, 0
+            continue
+        x, g = (pool.take(name, z, blocks).view(R, n * b, D) for name, z in (("q", Q), ("do", dO)))
+        y, z = pool.take("k", K, rows), pool.take("v", V, rows)
+        t = 0 if mask is None else mask.shape[2]
+        if t:  # no 0 may meet the NaN of an unseen key, or of a query that sees none
+            blind = ~mask.any(1)[..., None]
+            x[:, n * b - t :].masked_fill_(blind, 0)
+            g[:, n * b - t :].masked_fill_(blind, 0)
+            if t == n * b:
+                unseen = ~mask.any(2)[..., None]
+                y.masked_fill_(unseen, 0)
+                z.masked_fill_(unseen, 0)
+        p, ds = pool.get("p", R, b, n * b), pool.get("ds", R, b, n * b)  # [R, keys, queries]
+        p.view(R, b, n, b).copy_(ends[blocks].view(R, 1, n, b))
+        torch.baddbmm(p, y, x.mT, beta=-1, alpha=scale, out=p).exp_()  # (4)
+        t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
+        dv.index_copy_(0, rows, torch.bmm(p, g, out=pool.get("o", R, b, D)).to(q.dtype))  # (7)
+        ds.view(R, b, n, b).copy_(delta[blocks].view(R, 1, n, b))
+        torch.baddbmm(ds, z, g.mT, beta=-1, out=ds).mul_(p)  # (6)
+        dk.index_copy_(0, rows, torch.bmm(ds, x, out=pool.get("o", R, b, D)).mul_(scale).to(q.dtype))  # (9)
+        torch.baddbmm(x, ds.mT, y, beta=0, alpha=scale, out=x)
+        dq.index_add_(0, blocks, x.view(-1, b, D))  # (8)
+    dq, dk, dv = from_blocks(dq, q.shape), from_blocks(dk, k.shape), from_blocks(dv, v.shape)
+    return dq.to(q.dtype), dk, dv
+
+
+def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
+    """(1) to (3) again for autograd to differentiate twice: it keeps every score."""
+    b, D, dtype = sizes[2], q.shape[3], accurate(q)
+    Q, K, V = (to_blocks(x, b).to(dtype) for x in (q, k, v))
+    out, lse = torch.zeros_like(Q), Q.new_full(Q.shape[:2], -math.inf)
+    for rows, blocks, mask in chunks(layout, sizes, q, k, kv_lens, causal, by_key=False):
+        R, n = len(rows), len(blocks) // len(rows)
+        if not n:
+            continue
+        live = torch.ones(R, b, n * b, dtype=torch.bool, device=q.device)
+        if mask is not None:
+            live[..., n * b - mask.shape[2] :] = mask
+        y, z = (x[blocks].view(R, n * b, D).masked_fill(~live.any(1)[..., None], 0) for x in (K, V))
+        s = (Q[rows] @ y.mT * scale).masked_fill(~live, -math.inf)
+        m = s.detach().amax(-1, keepdim=True)
+        p = (s - m.masked_fill(m == -math.inf, 0)).exp()
+        total = p.sum(-1, keepdim=True)
+        some = total.masked_fill(total == 0, 1)
+        out = out.index_copy(0, rows, p @ z / some)
+        lse = lse.index_copy(0, rows, torch.where(total == 0, -math.inf, m + some.log())[..., 0])
+    return from_blocks(out, q.shape).to(q.dtype), from_blocks(lse, q.shape)
+
+
+# ==== the Triton kernels ==============================================================================================
+@jit
+def rows_of(x, start, stop, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """N rows of x [S, D] from `start` on; zeros beyond D, up to DP, and, where MASKED, from row `stop` on."""
+    n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
+    at = x + start.to(tl.int64) * stride + n * stride + d
+    if MASKED:
+        return tl.load(at, mask=(start + n < stop) & (d < D), other=0.0)
+    elif D < DP:
+        return tl.load(at, mask=d < D, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@jit
+def put_rows(x, y, start, stop, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Write y [N, DP] to x [S, D], contiguous, from `start` to `stop`."""
+    n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
+    tl.store(x + start.to(tl.int64) * D + n * D + d, y.to(x.dtype.element_ty), mask=(start + n < stop) & (d < D))
+
+
+@jit
+def head_of(x, batch, head, x_b, x_h):
+    return x + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h
+
+
+@jit
+def program(order, lens, heads, lay_b, lay_h, S, Sk, T: tl.constexpr, N: tl.constexpr, LENS: tl.constexpr):
+    """What this program does: batch, head, row of the layout, first of its N queries or keys, where the keys end."""
+    tiles = (S + T - 1) // T
+    one, pid = tl.program_id(0) // (tiles * (T // N)), tl.program_id(0) % (tiles * (T // N))
+    batch, head, stop = one // heads, one % heads, Sk
+    if LENS:
+        stop = tl.minimum(tl.load(lens + batch), Sk).to(tl.int32)
+    row = (batch * lay_b + head * lay_h) * tiles
+    tile = tl.load(order + row + pid // (T // N))
+    return batch, head, row + tile, tile * T + pid % (T // N) * N, stop
+
+
+@jit
+def steps_of(at, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    """Where the tiles of a row begin and how many steps of N they are: whole ones, or, where MASKED, those cut by the
+    diagonal or an end, and the partial ones."""
+    if MASKED:
+        a, c, n = tl.load(at + 2), tl.load(at + 4), tl.load(at + 3) - tl.load(at + 2)
+        return a, n, c, (n + tl.load(at + 5) - c) * (T // N)
+    else:
+        a, n = tl.load(at), tl.load(at + 1) - tl.load(at)
+        return a, n, a, n * (T // N)
+
+
+@jit
+def visible(
+    i, j, entry, sub, part, bits, Sq, stop, shift,
+    T: tl.constexpr, b: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Whether queries i see keys j, which broadcast, in a tile; where not MASKED the ends alone decide."""
+    live = (i < Sq) & (j < stop)
+    if MASKED:
+        if CAUSAL:
+            live = live & (j <= i + shift)
+        if b < T:
+            at = i % T // b * (T // b) + j % T // b
+            live = live & (((tl.load(sub + entry) >> at.to(tl.int64)) & 1) == 1)
+        if PART:
+            which = tl.load(part + entry)
+            at = tl.maximum(which, 0).to(tl.int64) * (T * T // 8) + (i % T * (T // 8) + j % T // 8)
+            live = live & ((which < 0) | (((tl.load(bits + at).to(tl.int32) >> (j % 8)) & 1) == 1))
+    return live
+
+
+@jit
+def forward_kernel(
+    q, k, v, out, lse, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
+    lay_b, lay_h, H, G, Sq, Sk, scale, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr, PART: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Online softmax: M queries of one head against their tiles, m the largest score so far in units of log 2."""
+    batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
+    i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
+    x = rows_of(head_of(q, batch, head, q_b, q_h), first, Sq, q_s, M, D, DP, True)
+    k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
+    acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
+    for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
+        a, na, c, steps = steps_of(ranges + row * 6, T, N, MASKED)
+        for step in range(0, steps):
+            n = step // (T // N)
+            entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
+            start = tl.load(idx + entry) * T + step % (T // N) * N
+            y = rows_of(k, start, stop, k_s, N, D, DP, MASKED or LENS)
+            z = rows_of(v, start, stop, v_s, N, D, DP, MASKED or LENS)
+            if MASKED or LENS:
+                j = (start + tl.arange(0, N))[None, :]
+                live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+                seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
+                y = tl.where(seen, y, 0.0)  # no p of 0 may meet the NaN of a key that nobody here sees
+                z = tl.where(seen, z, 0.0)
+            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (1)
+            if SIGN != 1:
+                s = s * SIGN
+            if MASKED or LENS:
+                s = tl.where(live, s, float("-inf"))
+            largest = tl.maximum(m, tl.max(s, 1) * scale)
+            m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or LENS else largest  # inf - inf is NaN
+            p = tl.exp2(s * scale - m_[:, None])
+            shrink = tl.exp2(m - m_)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=PRECISION)
+            m = largest
+    some = tl.where(total == 0.0, 1.0, total)
+    put_rows(out + where * D, acc / some[:, None], first, Sq, M, D, DP)  # (3)
+    log_sum = tl.where(total == 0.0, float("-inf"), (m + tl.log2(some)) * 0.6931471805599453)  # (2)
+    tl.store(lse + where + i, log_sum, mask=i < Sq)
+
+
+@jit
+def delta_kernel(
+    out, do, dlse, delta, g_b, g_h, g_s, H, Sq,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(5) of M queries. Where a query sees nothing it may be NaN: `live` keeps it out of the sums."""
+    tiles = (Sq + M - 1) // M
+    one, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
+    i = first + tl.arange(0, M)
+    at = one.to(tl.int64) * Sq + i
+    x = rows_of(out + one.to(tl.int64) * Sq * D, first, Sq, D, M, D, DP, True)
+    g = rows_of(head_of(do, one // H, one % H, g_b, g_h), first, Sq, g_s, M, D, DP, True)
+    value = tl.sum(x.to(ACC) * g.to(ACC), 1) - tl.load(dlse + at, mask=i < Sq, other=0.0)
+    tl.store(delta + at, value, mask=i < Sq)
+
+
+@jit
+def ends_of(lse, i, Sq):
+    """lse in units of log 2; inf, which makes p 0, where there is no query."""
+    return tl.load(lse + i, mask=i < Sq, other=float("inf")) * 1.4426950408889634
+
+
+@jit
+def dq_kernel(
+    q, k, v, do, lse, delta, dq, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s,
+    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, scale, factor, D: tl.constexpr, DP: tl.constexpr,
+    T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
+    PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of M queries, over the same tiles as forward."""
+    batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
+    i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
+    x = rows_of(head_of(q, batch, head, q_b, q_h), first, Sq, q_s, M, D, DP, True)
+    g = rows_of(head_of(do, batch, head, g_b, g_h), first, Sq, g_s, M, D, DP, True)
+    ends, d = ends_of(lse + where, i, Sq), tl.load(delta + where + i, mask=i < Sq, other=0.0)
+    k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
+    acc = tl.zeros([M, DP], ACC)
+    for MASKED in tl.static_range(2):
+        a, na, c, steps = steps_of(ranges + row * 6, T, N, MASKED)
+        for step in range(0, steps):
+            n = step // (T // N)
+            entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
+            start = tl.load(idx + entry) * T + step % (T // N) * N
+            y = rows_of(k, start, stop, k_s, N, D, DP, MASKED or LENS)
+            z = rows_of(v, start, stop, v_s, N, D, DP, MASKED or LENS)
+            if MASKED or LENS:
+                j = (start + tl.arange(0, N))[None, :]
+                live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+                seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
+                y = tl.where(seen, y, 0.0)
+                z = tl.where(seen, z, 0.0)
+            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            if SIGN != 1:
+                s = s * SIGN
+            p = tl.exp2(s * scale - ends[:, None])  # (4)
+            ds = p * (tl.dot(g, tl.trans(z), input_precision=PRECISION) - d[:, None])  # (6)
+            if MASKED or LENS:
+                ds = tl.where(live, ds, 0.0)
+            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+    put_rows(dq + where * D, acc * factor, first, Sq, M, D, DP)  # (8)
+
+
+@jit
+def dkdv_kernel(
+    q, k, v, do, lse, delta, dk, dv, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s,
+    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, scale, factor, D: tl.constexpr, DP: tl.constexpr,
+    T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
+    PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of N keys and values of one key head, over the tiles of all the query heads that it serves."""
+    batch, head, row, first, stop = program(order, lens, H // G, lay_b, lay_h * G, Sk, Sk, T, N, LENS)
+    j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * D
+    y = rows_of(head_of(k, batch, head, k_b, k_h), first, stop, k_s, N, D, DP, True)
+    z = rows_of(head_of(v, batch, head, v_b, v_h), first, stop, v_s, N, D, DP, True)
+    acc_k, acc_v = tl.zeros([N, DP], ACC), tl.zeros([N, DP], ACC)
+    for one in range(0, G):
+        h = head * G + one
+        queries, gradients = head_of(q, batch, h, q_b, q_h), head_of(do, batch, h, g_b, g_h)
+        of_head = (batch * H + h).to(tl.int64) * Sq
+        for MASKED in tl.static_range(2):
+            a, na, c, steps = steps_of(ranges + (row + one * lay_h * ((Sk + T - 1) // T)) * 6, T, M, MASKED)
+            for step in range(0, steps):
+                n = step // (T // M)
+                entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
+                start = tl.load(idx + entry) * T + step % (T // M) * M
+                i = start + tl.arange(0, M)
+                x = rows_of(queries, start, Sq, q_s, M, D, DP, MASKED or RAGGED)
+                g = rows_of(gradients, start, Sq, g_s, M, D, DP, MASKED or RAGGED)
+                ends, d = ends_of(lse + of_head, i, Sq), tl.load(delta + of_head + i, mask=i < Sq, other=0.0)
+                if MASKED:
+                    live = visible(i[None, :], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, True)
+                    sees = tl.max(live.to(tl.int32), 0)[:, None] > 0
+                    x = tl.where(sees, x, 0.0)  # nor the NaN of a query that sees nothing
+                    g = tl.where(sees, g, 0.0)
+                s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
+                if SIGN != 1:
+                    s = s * SIGN
+                p = tl.exp2(s * scale - ends[None, :])  # (4)
+                ds = p * (tl.dot(z, tl.trans(g), input_precision=PRECISION) - d[None, :])  # (6)
+                if MASKED:
+                    p = tl.where(live, p, 0.0)
+                    ds = tl.where(live, ds, 0.0)
+                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
+                acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=PRECISION)
+    put_rows(dk + where, tl.where(j < stop, acc_k * factor, 0.0), first, Sk, N, D, DP)  # (9)
+    put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, D, DP)  # (7)
+
+
+def ranges(seg, key, own, other, lo, hi, back):
+    """Where the tiles of each row lie among its entries: [R, 6], beginnings and ends of those that need no mask, of
+    whole ones that the diagonal or the end of the keys cuts, of partial ones. What causal hides is in none of them.
+
+    `lo` and `hi` [own] bound the cut ones: columns before lo are seen whole, those from hi on not at all; or, in the
+    index of the key blocks (`back`), columns from hi on are seen whole, and those before lo not at all.
+    """
+    R = len(seg) // 2
+    row = torch.arange(R, device=seg.device) * 2 * other
+    lo, hi = (x.clamp(0, other).repeat(R // own) for x in (lo, hi))
+    cut, after, late = torch.searchsorted(key, torch.stack((row + lo, row + hi, row + other + (lo if back else hi))))
+    first, middle, last = seg[:-2:2], seg[1::2], seg[2::2]
+    if back:
+        return torch.stack((after, middle, cut, after, late, last), -1).int()
+    return torch.stack((first, cut, cut, after, middle, late), -1).int()
+
+
+def ranges_both(layout, T, Sq, Sk, causal):
+    Qt, Kt, shift, device = -(-Sq // T), -(-Sk // T), Sk - Sq, layout[0].device
+    i, j = torch.arange(Qt, device=device) * T, torch.arange(Kt, device=device) * T
+    lo, hi = torch.full_like(i, Sk // T), torch.full_like(i, Kt)
+    back_lo, back_hi = torch.zeros_like(j), torch.where(j + T > Sk, Qt, 0)
+    if causal:
+        lo, hi = torch.minimum(lo, (i + shift + 1) // T), ((i + T).clamp(max=Sq) + shift + T - 1) // T
+        back_lo, back_hi = (j - shift) // T, torch.maximum(back_hi, (j + T - 1 - shift + T - 1) // T)
+    forth = ranges(layout[0], layout[2], Qt, Kt, lo, hi, False)
+    return forth, ranges(layout[6], layout[8], Kt, Qt, back_lo, back_hi, True)
+
+
+# M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps forward.
+FORWARD = {128: (128, 128, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 3, 4), 1024: (32, 32, 1, 4)}
+DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 4), 1024: (32, 32, 1, 4)}
+DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (32, 64, 2, 4), 1024: (32, 32, 1, 4)}
+DELTA = dict.fromkeys((128, 256, 512, 1024), (64, 16, 1, 4))
+FITS = {}  # what a device with less shared memory takes instead
+
+
+def launch(kernel, table, q, tile, programs, *args, **constants):
+    """Start `kernel` with the tiles of its table, at most `tile`; if they do not fit, fewer stages, then smaller."""
+    D, size = q.shape[3], 4 if q.dtype in (torch.float32, torch.float64) else 2
+    DP = max(16, triton.next_power_of_2(D))
+    key = kernel, tile, DP, size, q.device
+    M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
+    M, N = min(M, tile), min(N, tile)
+    warps = min(warps, M // 16) if table is FORWARD else warps
+    constants |= {"D": D, "DP": DP, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
+    while True:
+        try:
+            options = {"M": M, "N": N, "num_stages": stages, "num_warps": warps, "enable_fp_fusion": True}
+            with torch.cuda.device_of(q):
+                kernel[(programs(M, N),)](*args, **constants, **options)
+            FITS[key] = M, N, stages, warps
+            return
+        except triton.runtime.errors.OutOfResources:
+            if stages == 1 and max(M, N) <= 16:
+                raise
+            M, N, stages = (M, N, stages - 1) if stages > 1 else (M // 2, N, 1) if M >= N else (M, N // 2, 1)
+
+
+def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
+    """What all the kernels take: index of either way, sizes, and constants."""
+    (_, H, Sq, _), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
+    forth, back = ranges_both(layout, T, Sq, Sk, causal)
+    lens = layout[0] if kv_lens is None else kv_lens.contiguous()
+    forth = lens, forth, layout[5], layout[1], layout[3], layout[4], layout[12]
+    back = lens, back, layout[11], layout[7], layout[9], layout[10], layout[12]
+    # Kernels take a positive factor, in units of log 2, and the sign apart: for it max(s) factor = max(s factor).
+    factor = (abs(scale) or 1) * math.log2(math.e)
+    numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, factor)
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(layout[12]) > 0}
+    constants |= {"SIGN": (scale > 0) - (scale < 0), "PRECISION": "tf32" if tf32 else "ieee"}
+    return forth, back, numbers, constants
+
+
+def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
+    if INTERPRET and q.dtype == torch.bfloat16:  # of which the interpreter would multiply the raw bits
+        out, lse = triton_forward(*(x.float() for x in (q, k, v)), layout, sizes, kv_lens, scale, causal)
+        return out.bfloat16(), lse
+    (B, H, Sq, _), T = q.shape, sizes[3]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
+    forth, _, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    args = (q, k, v, out, lse, *forth, *strides, *numbers)
+    launch(forward_kernel, FORWARD, q, T, lambda M, N: B * H * -(-Sq // T) * (T // M), *args, **constants)
+    return out, lse
+
+
+def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal):
+    if INTERPRET and q.dtype == torch.bfloat16:
+        floats = (x.float() for x in (q, k, v, out, lse, do, dlse))
+        return tuple(x.bfloat16() for x in triton_backward(*floats, layout, sizes, kv_lens, scale, causal))
+    (B, H, Sq, _), (K, Sk), T = q.shape, k.shape[1:3], sizes[3]
+    q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
+    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    forth, back, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
+    strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
+    args = out, do, dlse.contiguous(), delta, *strides[9:], H, Sq
+    launch(delta_kernel, DELTA, q, 64, lambda M, N: B * H * -(-Sq // M), *args)
+    inputs, rest = (q, k, v, do, lse, delta), (*strides, *numbers, scale)
+    args = *inputs, dk, dv, *back, *rest
+    programs, ragged = B * K * -(-Sk // T) * T, Sq % T > 0
+    launch(dkdv_kernel, DKDV, q, T, lambda M, N: programs // N, *args, **constants, RAGGED=ragged)
+    args = *inputs, dq, *forth, *rest
+    launch(dq_kernel, DQ, q, T, lambda M, N: B * H * -(-Sq // T) * (T // M), *args, **constants)
+    return dq, dk, dv
+
+
+# ==== the operator ====================================================================================================
+@torch.library.custom_op("onefile::blocksparse_attention", mutates_args=())
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], sizes: list[int], kv_lens: Tensor | None, scale: float,
+    causal: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`layout` are the thirteen tensors of blocks or of tiles, `sizes` two leading dimensions of it, block and tile."""
+    run = torch_forward if backend == "torch" else triton_forward
+    return run(q, k, v, layout, sizes, kv_lens, scale, causal)
+
+
+@torch.library.custom_op("onefile::blocksparse_attention_backward", mutates_args=())
+def backward_op(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor, layout: list[Tensor],
+    sizes: list[int], kv_lens: Tensor | None, scale: float, causal: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    run = torch_backward if backend == "torch" else triton_backward
+    return run(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal)
+
+
+@forward_op.register_fake
+def _(q, k, v, layout, sizes, kv_lens, scale, causal, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
+
+
+@backward_op.register_fake
+def _(q, k, v, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def keep(ctx, inputs, output):
+    """Save the tensors and the numbers of a call of either operator."""
+    *tensors, layout, sizes, kv_lens, scale, causal, backend = inputs
+    ctx.save_for_backward(*tensors, *(output if len(tensors) == 3 else ()), kv_lens, *layout)
+    ctx.numbers = sizes, scale, causal, backend
+
+
+def backward(ctx, do, dlse):
+    q, k, v, out, lse, kv_lens, *layout = ctx.saved_tensors
+    sizes, scale, causal, backend = ctx.numbers
+    gradients = backward_op(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal, backend)
+    return *gradients, [None] * len(layout), None, None, None, None, None
+
+
+def double_backward(ctx, *gradients):
+    """Of dq, dk and dv, as functions of q, k, v, do and dlse: autograd over `differentiable`, in PyTorch alone."""
+    q, k, v, _, _, do, dlse, kv_lens, *layout = ctx.saved_tensors
+    sizes, scale, causal, backend = ctx.numbers
+    if backend != "torch":
+        raise RuntimeError("blocksparse_attention: double backward needs the PyTorch path: pass backend='torch'")
+    with torch.enable_grad():
+        q, k, v, do, dlse = (x.detach().requires_grad_() for x in (q, k, v, do, dlse))
+        outputs = differentiable(q, k, v, layout, sizes, kv_lens, scale, causal)
+        first = torch.autograd.grad(outputs, (q, k, v), (do, dlse), create_graph=True)
+        inputs = q, k, v, do, dlse
+        dq, dk, dv, ddo, ddlse = torch.autograd.grad(first, inputs, gradients, materialize_grads=True)
+    return dq, dk, dv, None, None, ddo, ddlse, [None] * len(layout), None, None, None, None, None
+
+
+forward_op.register_autograd(backward, setup_context=keep)
+backward_op.register_autograd(double_backward, setup_context=keep)
+
+
+def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=None, return_lse=False, backend="auto"):
+    """Attention of q [B, H, Sq, D] over k and v [B, K, Sk, D] in the blocks of `layout`; H is a multiple of K.
+
+    causal: query i sees key j only where j <= i + Sk - Sq, so the last query sees the last key. scale: of q . k, any
+    number, D^-1/2 by default. kv_lens [B]: keys from there on are seen by none. return_lse: also return the logarithm
+    of the sum of exp(scores), [B, H, Sq], differentiable. backend: torch, triton, or auto, which is triton on CUDA.
+    A query that sees nothing gives 0, lse -inf and gradients 0.
+    """
+    backend = check(q, k, v, layout, kv_lens, backend)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    tensors, tile = (layout.tensors, layout.block_size) if backend == "torch" else (layout.tiles, layout.tile)
+    sizes = [layout.lead_b, layout.lead_h, layout.block_size, tile]
+    out, lse = forward_op(q, k, v, tensors, sizes, kv_lens, scale, causal, backend)
+    return (out, lse) if return_lse else out
+
+
+def check(q, k, v, layout, kv_lens, backend):
+    """Refuse bad input before any kernel starts; returns the backend that auto stands for."""
+
+    def require(holds, message, error=ValueError):
+        if not holds:
+            raise error(f"blocksparse_attention: {message}")
+
+    shapes = "q {}, k {}, v {}".format(*(list(x.shape) for x in (q, k, v)))
+    require(q.dim() == k.dim() == v.dim() == 4, f"q, k and v must be [batch, heads, length, size]: {shapes}")
+    (B, H, Sq, D), (_, K, Sk, _) = q.shape, k.shape
+    require(k.shape == v.shape, f"k and v must have one shape: {shapes}")
+    require(q.numel() and k.numel(), f"no dimension may be 0: {shapes}")
+    require(k.shape[0] == B and k.shape[3] == D, f"q and k must have one batch and one head size: {shapes}")
+    require(H % K == 0, f"the {H} heads of q must be a multiple of the {K} of k: {shapes}")
+    dtypes = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+    require(q.dtype == k.dtype == v.dtype, f"q, k and v must have one dtype: {dtypes}")
+    require(q.dtype in DTYPES, f"q, k and v must be float16, bfloat16, float32 or float64: {dtypes}")
+    require(isinstance(layout, BlockLayout), f"layout must be a BlockLayout: it is {type(layout).__name__}")
+    devices = f"q {q.device}, k {k.device}, v {v.device}, layout {layout.device}"
+    require(q.device == k.device == v.device == layout.device, f"all must be on one device: {devices}")
+    b, Qb, Kb = layout.block_size, layout.Qb, layout.Kb
+    covers = f"layout covers {Qb} x {Kb} blocks of {b}, up to {Qb * b} queries and {Kb * b} keys"
+    require(Qb == -(-Sq // b) and Kb == -(-Sk // b), f"{covers}, but q has {Sq} and k has {Sk}")
+    lead = f"layout has batch and heads {layout.lead_b} and {layout.lead_h}, each must be 1 or that of q"
+    require(layout.lead_b in (1, B) and layout.lead_h in (1, H), f"{lead}: {shapes}")
+    if kv_lens is not None:
+        got = f"{kv_lens.dtype} {list(kv_lens.shape)} on {kv_lens.device}"
+        integer = kv_lens.dtype in (torch.int32, torch.int64) and kv_lens.shape == (B,) and kv_lens.device == q.device
+        require(integer, f"kv_lens must be int32 or int64 [{B}] on {q.device}: it is {got}")
+    require(backend in ("auto", "torch", "triton"), f"backend must be auto, torch or triton: it is {backend!r}")
+    fits = D <= 256 and (q.dtype != torch.float64 or INTERPRET)
+    if backend == "auto":
+        return "triton" if triton and q.is_cuda and fits else "torch"
+    if backend == "triton":
+        require(triton, "backend='triton' needs Triton: pip install triton", RuntimeError)
+        need = f"needs a GPU, or TRITON_INTERPRET=1 from the start of the process: q is on {q.device}"
+        require(q.is_cuda or INTERPRET, f"backend='triton' {need}", RuntimeError)
+        require(fits, f"backend='triton' takes head sizes up to 256, and no float64: {shapes}, {q.dtype}")
+    return backend
+
+
+# ==== self-check, benchmark and command line ==========================================================================
+@dataclass
+class Args:
+    """Check block-sparse attention against dense attention, then time it over layouts and densities."""
+
+    batch: int = 1  # B; 4 suits a large GPU
+    heads: int = 8  # H, of queries
+    kv_heads: int | None = None  # of keys and values, a divisor of --heads; None is --heads
+    seq: int = 4096  # Sq and Sk
+    dim: int = 64  # D
+    block: Literal[8, 16, 32, 64, 128] = 64  # block size
+    densities: tuple[float, ...] = (0.05, 0.125, 0.25, 0.5, 0.9)  # of the random layouts, and of the figure
+    zoo: bool = True  # time the known patterns as well
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"  # bfloat16 on CUDA, else float32
+    device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
+    backend: Literal["auto", "torch", "triton"] = "auto"  # which path; auto is triton on CUDA
+    backward: bool = True  # time forward with backward too
+    flex: bool = True  # time FlexAttention beside it, where that runs: on a CPU forward alone
+    check: bool = True  # compare with dense attention first
+    repeats: int = 5  # the best of so many, every contender in turn
+    threads: int | None = None  # of the CPU; None leaves them as they are
+    seed: int = 0  # of inputs and random layouts
+    output: str | None = "blocksparse_attention.png"  # the figure; None for none
+
+
+def dense_attention(q, k, v, live, scale):
+    """(1) to (3) over all pairs, of which `live` [B, H, Sq, Sk] count: output, lse. What the self-check believes."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    some = live.any(-1, keepdim=True)
+    s = (q @ k.mT * scale).masked_fill(~live, -math.inf).masked_fill(~some, 0)
+    return s.softmax(-1).masked_fill(~some, 0) @ v, s.logsumexp(-1).masked_fill(~some[..., 0], -math.inf)
+
+
+def self_check(backend, device, dtype):
+    """Output, lse and gradients of small cases against dense attention in float64; returns the largest error over the
+    tolerance, which for 16 bits is twice the error of dense attention in the same type."""
+    worst, b = 0.0, 32
+    for heads, kv_heads, sq, sk, dim, is_causal in ((2, 1, 100, 100, 64, True), (2, 2, 70, 150, 80, False)):
+        layout = random(sq, sk, b, 0.5, heads, device=device)
+        live = layout.to_mask().repeat_interleave(b, 1).repeat_interleave(b, 2)[None, :, :sq, :sk]
+        live = live & torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq) if is_causal else live
+        shapes = [(1, heads, sq, dim), (1, kv_heads, sk, dim), (1, kv_heads, sk, dim), (1, heads, sq, dim)]
+        q, k, v, do = (torch.randn(s, device=device).to(dtype) for s in shapes)
+
+        def values(function, kind):
+            x = [y.detach().to(kind).requires_grad_() for y in (q, k, v)]
+            out, lse = function(*x)
+            some = lse > -math.inf
+            total = (out * do.to(kind)).sum() + lse[some].sum()
+            return [y.double() for y in (out, lse[some], *torch.autograd.grad(total, x))]
+
+        def run(q, k, v):
+            return blocksparse_attention(q, k, v, layout, causal=is_causal, return_lse=True, backend=backend)
+
+        def dense_run(q, k, v):
+            return dense_attention(q, k, v, live, dim**-0.5)
+
+        exact, ours, naive = values(dense_run, torch.float64), values(run, dtype), values(dense_run, dtype)
+        for e, o, n in zip(exact, ours, naive):
+            slack = 1e-10 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-3
+            allowed = 2 * (n - e).abs().max() * (dtype.itemsize == 2) + slack * e.abs().max()
+            worst = max(worst, ((o - e).abs().max() / allowed).item())
+    return worst
+
+
+def seconds(contenders, repeats, device):
+    """The least time of each function, all of them in turn, after one call that counts for nothing."""
+    best = [math.inf] * len(contenders)
+    for repeat in range(repeats + 1):
+        for n, contender in enumerate(contenders):
+            device.type == "cuda" and torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            contender()
+            device.type == "cuda" and torch.cuda.synchronize(device)
+            best[n] = min(best[n], time.perf_counter() - begin) if repeat else math.inf
+    return best
+
+
+def peak(function, device):
+    """Bytes of tensors at the peak of a call, above what there was before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as run:
+        function()
+    moves = [(e.start_ns(), e.nbytes()) for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(moves)), default=0)
+
+
+def flex_mask(layout, seq, is_causal):
+    """The same layout for FlexAttention: whole blocks apart from those that the diagonal or an element mask cuts."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    b, live = layout.block_size, layout.to_mask()[(None,) * (4 - len(layout.shape))]
+    i, j = (torch.arange(live.shape[n], device=live.device) * b for n in (2, 3))
+    cut = torch.zeros_like(live)
+    if len(layout.tensors[12]):
+        row, col = blocks_of(layout.tensors)
+        cut = cut.view(-1).index_fill_(0, (row * layout.Kb + col)[layout.tensors[4] >= 0], True).view_as(live)
+    if is_causal:
+        live, cut = live & (j < i[:, None] + b), cut | (j + b > i[:, None] + 1)
+
+    def pack_blocks(blocks):
+        order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32), order.int()
+
+    def rule(batch, head, query, key):
+        allowed = key <= query if is_causal else key >= 0
+        return allowed & layout.rule(batch, head, query, key) if layout.rule else allowed
+
+    return BlockMask.from_kv_blocks(
+        *pack_blocks(live & cut), *pack_blocks(live & ~cut), BLOCK_SIZE=b, mask_mod=rule, seq_lengths=(seq, seq)
+    )
+
+
+def main(args):
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    counts = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.repeats
+    if min(counts) < 1 or not all(0 < density <= 1 for density in args.densities):
+        sys.exit(f"error: shapes and --repeats must be above 0, densities up to 1: {counts}, {args.densities}")
+    for backend in ("torch", "triton") if args.check else ():
+        ours = backend == "torch" or (triton is not None and (device.type == "cuda" or INTERPRET))
+        for kind in DTYPES[: 4 - (backend == "triton" and not INTERPRET)] if ours else ():  # no float64
+            worst = self_check(backend, device, kind)
+            print(f"check: {backend}, {str(kind)[6:]}: largest error {worst:.2f} of what is allowed")
+            if not worst <= 1:
+                sys.exit("error: block-sparse attention differs from dense attention")
+
+    B, H, K, S, D, b = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.block
+    q, do = (torch.randn(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(B, K, S, D, device=device, dtype=dtype) for _ in range(2))
+    with torch.device(device):
+        layouts = [(f"random {d:.3g}", random(S, S, b, d, H, args.seed), False) for d in args.densities]
+        layouts += [("dense", dense(S, S, b), False)]
+        if args.zoo:
+            layouts += [
+                ("causal", causal(S, S, b), True),
+                ("sliding window", sliding_window(S, S, b, S // 8), False),
+                ("strided", strided(S, S, b, 8, H), True),
+                ("fixed", fixed(S, S, b, 8, 1, H), True),
+                ("bigbird", bigbird(S, S, b, heads=H), False),
+                ("longformer", longformer(S, S, b, S // 8, b), False),
+                ("block-diagonal", block_diagonal([S // 8, S // 4, S // 8, S - S // 2], b), False),
+                ("prefix-lm", prefix_lm(S, S, b, S // 4), False),
+            ]
+    x = [y.requires_grad_() for y in (q, k, v)]
+
+    def sdpa():
+        return F.scaled_dot_product_attention(*x, enable_gqa=H != K)
+
+    def trained(forward):
+        return lambda: torch.autograd.grad(forward(), x, do)
+
+    flex, points, ratios = None, [], ([], [])
+    if args.flex:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch._dynamo.config.recompile_limit = 64  # a layout, a compilation
+        flex = torch.compile(flex_attention, dynamic=False)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{name}, torch {torch.__version__}: B{B} H{H} K{K} S{S} D{D} {str(dtype)[6:]}, block {b}"
+    print(f"\n{title}, best of {args.repeats}")
+    print(f"{'':31}forward {'':29}{'with backward' if args.backward else ''}")
+    head = f"{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'x flex':>8}"
+    print(f"{'layout':<16}{'density':>8} " + head + (head + f"{'peak MB':>9}" if args.backward else ""))
+    for label, layout, is_causal in layouts:
+        flops = 4 * B * H * S * S * D * layout.density
+        line, density = f"{label:<16}{layout.density:>8.3f} ", layout.density
+
+        def ours():
+            return blocksparse_attention(*x, layout, causal=is_causal, backend=args.backend)
+
+        contenders = [ours, sdpa]
+        if flex:
+            try:
+                mask = flex_mask(layout, S, is_causal)
+                detached = x if device.type == "cuda" else [y.detach() for y in x]  # no gradients on a CPU
+
+                def flexed():
+                    return flex(*detached, block_mask=mask, enable_gqa=H != K)
+
+                flexed()
+                contenders.append(flexed)
+            except Exception as error:  # whatever it cannot compile
+                print(f"FlexAttention does not run {label}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+        for backward in [False, True][: 1 + args.backward]:
+            run = [trained(c) for c in contenders[: 2 if device.type == "cpu" else 3]] if backward else contenders
+            with torch.set_grad_enabled(backward):
+                t, against, *other = seconds(run, args.repeats, device)
+            line += f"{t * 1e3:>9.2f}{flops * (3.5 if backward else 1) / t / 1e12:>9.3f}{against / t:>9.2f}"
+            line += f"{other[0] / t:>8.2f}" if other else f"{'-':>8}"
+            ratios[backward].extend(against / t for against in other)
+            points.append((backward, label.startswith("random"), density, t, against))
+        print(line + (f"{peak(trained(ours), device) / 2**20:>9.0f}" if args.backward else ""), flush=True)
+    for label, some in zip(("forward", "with backward"), ratios):
+        some and print(
+            f"against FlexAttention, {label}: geometric mean {math.exp(sum(map(math.log, some)) / len(some)):.2f}"
+        )
+    if args.output:
+        draw(points, args.output, title)
+        print(f"\nwrote {args.output}")
+
+
+def draw(points, path, title):
+    """Time against density, with the line of a cost proportional to it from dense attention down."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = sorted({backward for backward, *_ in points})
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False)
+    for ax, backward in zip(axes[0], kinds):
+        mine = [p[1:] for p in points if p[0] == backward]
+        full = min(p[3] for p in mine) * 1e3
+        ax.plot([0, 1], [0, full], "--", color="grey", label="proportional to density")
+        ax.axhline(full, color="black", linewidth=1, label="dense SDPA")
+        for drawn, label, style in ((True, "random", "o-"), (False, "other layouts", "x")):
+            some = sorted((d, t * 1e3) for r, d, t, _ in mine if r == drawn)
+            some and ax.plot(*zip(*some), style, label=label)
+        ax.set(xlabel="density", ylabel="ms", xlim=(0, 1.02), title="forward + backward" if backward else "forward")
+        ax.set_ylim(bottom=0)
+        ax.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
