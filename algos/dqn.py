@@ -28,7 +28,7 @@ Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning
     python algos/dqn.py --env-id CartPole-v1           or, in Python:   from dqn import Args, load_policy, train
     python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
-RESULT
+CartPole-v1, 60k steps, seeds 1 and 2: best evaluation 500 and 500, the last one 227 and 500: it is not steady.
 
 Metrics: loss/critic (4); value/mean, Q of the last batch; explore/epsilon (1); episode/*, training episodes as they
 end; eval/*, greedy episodes; speed/sps, environment steps a second since the run began, everything included.

@@ -25,7 +25,7 @@ Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", https://a
     python algos/sac.py --env-id Hopper-v4             or, in Python:   from sac import Args, load_policy, train
     python algos/sac.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
-100k steps, final evaluation, mean of 3 seeds and 95 % interval: HalfCheetah-v4 5063 +- 702, Hopper-v4 570 +- 948.
+100k steps, final evaluation, mean of 3 seeds and 95 % interval: HalfCheetah-v4 6303 +- 1405, Hopper-v4 1848 +- 3339.
 
 Metrics: loss/critic (2), loss/actor (5), loss/alpha (6); value/mean, Q of the last batch; policy/entropy, -log pi of
 it; policy/alpha; policy/std, std(s) of it; episode/*, training episodes as they end; eval/*, deterministic episodes;
