@@ -199,7 +199,9 @@ class Actor(nn.Module):
 
     def forward(self, obs):
         head = self.net(self.normalize(obs))
-        return Categorical(logits=head) if self.discrete else Independent(Normal(head, self.log_std.exp()), 1)
+        if self.discrete:
+            return Categorical(logits=head, validate_args=False)  # what is not finite shows in the losses
+        return Independent(Normal(head, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def noise(self, *shape):
         """What `choose` turns into samples: [*shape, A]; on the CPU, so that it is the same on every device."""

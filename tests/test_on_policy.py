@@ -54,6 +54,7 @@ def test_gae_by_its_definition_with_ends_and_cuts_everywhere(module):
     terminated, ended = torch.tensor(cases, dtype=torch.float64).permute(2, 1, 0)
     torch.manual_seed(0)
     reward, value, next_value = torch.randn(3, 5, len(cases), dtype=torch.float64)
+    next_value[:-1] = torch.where(ended[:-1] == 1, next_value[:-1], value[1:])  # s' is the next s within an episode
     ours = module.gae(reward, value, next_value, terminated, ended, 0.9, 0.8)
     for i in range(len(cases)):
         column = [x[:, i].tolist() for x in (reward, value, next_value, terminated, ended)]
