@@ -223,8 +223,8 @@ class Agent(nn.Module):
         new_action, log_prob, std = self.actor(obs)  # (3), (4)
         loss_pi = actor_loss(q_values(self.critic, obs, new_action), log_prob, alpha)
         descend(self.actor_optimizer, loss_pi)  # (5)
-        metrics = {"loss/critic": loss_q, "loss/actor": loss_pi, "value/mean": q.mean(), "policy/alpha": alpha}
-        metrics |= {"policy/entropy": -log_prob.mean(), "policy/std": std.mean()}
+        metrics = {"loss/critic": loss_q, "loss/actor": loss_pi, "value/mean": q.detach().mean(), "policy/alpha": alpha}
+        metrics |= {"policy/entropy": -log_prob.detach().mean(), "policy/std": std.detach().mean()}
         if self.args.autotune:
             metrics["loss/alpha"] = alpha_loss(self.log_alpha, log_prob, self.target_entropy)
             descend(self.alpha_optimizer, metrics["loss/alpha"])  # (6)

@@ -214,7 +214,7 @@ class Agent(nn.Module):
         q = q_values(self.critic, obs, action)  # [K, B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (3)
-        metrics = {"loss/critic": loss_q, "value/mean": q.mean()}
+        metrics = {"loss/critic": loss_q, "value/mean": q.detach().mean()}
 
         if delayed:
             metrics["loss/actor"] = actor_loss(q_values(self.critic, obs, self.actor(obs)))

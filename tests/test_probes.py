@@ -83,8 +83,11 @@ def test_reward_that_depends_on_the_action(trained):
         assert run.value(0, 1) == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize("path", [*CONTINUOUS, *ON_POLICY], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in [*CONTINUOUS, *ON_POLICY] if path.stem != "vpg"], ids=lambda p: p.stem
+)
 def test_a_wider_box_of_actions(path, tmp_path):
+    """Without VPG: far out of the box all its actions are alike, and nothing limits the steps that lead there."""
     run = Trained(path, tmp_path, "Wide", gamma=0.9, steps=1500)
     assert run.policy(np.array([0.0, 1.0]))[0] == pytest.approx(2, rel=0.1)
 

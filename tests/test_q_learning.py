@@ -153,7 +153,9 @@ def test_the_dqn_update_moves_the_network_and_not_its_target(dqn):
 
 def test_epsilon_falls_as_it_should(dqn):
     values = [dqn.linear_schedule(1.0, 0.05, 50, step) for step in (0, 25, 50, 51, 1000)]
-    assert values == pytest.approx([1, 0.525, 0.05, 0.05, 0.05]) and dqn.linear_schedule(1.0, 0.1, 0, 1) == 0.1
+    assert values == pytest.approx([1, 0.525, 0.05, 0.05, 0.05]) and dqn.linear_schedule(
+        1.0, 0.1, 0, 1
+    ) == pytest.approx(0.1)
 
 
 def test_epsilon_greedy(dqn):

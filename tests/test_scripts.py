@@ -531,7 +531,7 @@ def test_blocks_one_byte(tmp_path):
     sac = (ROOT / "algos" / "sac.py").read_bytes()
     text = sac.replace(b"def load_policy", b"def load__policy")  # outside a name may mean another thing
     assert text != sac
-    small(tmp_path, sac=sac, td3=text, ddpg=text.replace(b"# an evaluation must end", b"# an evaluation MUST end"))
+    small(tmp_path, sac=sac, td3=text, ddpg=text.replace(b"an evaluation must end", b"an evaluation MUST end"))
     code, out = check(tmp_path)
     assert code == 1 and "make_env differs between\n  sac.py, td3.py\n  ddpg.py\n" in out
     assert "MUST end" in out and out.count("differs") == 1
