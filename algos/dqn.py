@@ -131,11 +131,13 @@ class QNetwork(nn.Module):
     @torch.no_grad()
     def act(self, obs, epsilon=0.0):
         """In numpy, greedy but with probability epsilon: obs [..., O] -> action [...]."""
-        weight = next(self.parameters())
-        q = self(torch.as_tensor(obs, dtype=torch.float32, device=weight.device))
-        explore = torch.rand(q.shape[:-1], device=q.device) < epsilon
-        uniform = torch.randint(q.shape[-1], explore.shape, device=q.device)
-        return torch.where(explore, uniform, q.argmax(-1)).cpu().numpy()
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=next(self.parameters()).device)
+        greedy = self(obs).argmax(-1)
+        if epsilon == 0:  # and no random number is drawn: evaluation leaves training alone
+            return greedy.cpu().numpy()
+        explore = torch.rand(greedy.shape, device=obs.device) < epsilon
+        uniform = torch.randint(self.init["actions"], greedy.shape, device=obs.device)
+        return torch.where(explore, uniform, greedy).cpu().numpy()
 
 
 def dueling_values(value, advantage):
