@@ -437,8 +437,8 @@ def train(args):
         action = agent.critic.act(obs, epsilon)
         next_obs, reward, terminated, truncated, info = envs.step(action)
         true_obs = run.observe(next_obs, reward, info)  # s'
-        rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
-        memory[torch.arange(step - n, step, device=device) % len(memory)] = torch.from_numpy(rows).to(device)
+        rows = torch.from_numpy(np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32))
+        memory.index_copy_(0, torch.arange(step - n, step, device=device) % len(memory), rows.to(device))
         obs = next_obs
 
         # Learn, and move the target, each in its own rhythm of steps.
