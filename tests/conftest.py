@@ -31,6 +31,10 @@ ON_POLICY = [path for path in ALGOS if path.stem in ("ppo", "trpo", "vpg")]
 TWO = [path for path in ALGOS if path.stem in ("ppo", "sac")]
 two = pytest.mark.parametrize("path", TWO, ids=lambda path: path.stem)
 
+# What takes seconds is tried in every file, but in no more than those two where the slow tests are left out.
+EVERY = [pytest.param(path, marks=() if path in TWO else pytest.mark.slow, id=path.stem) for path in ALGOS]
+every = pytest.mark.parametrize("path", EVERY)
+
 
 def env_id(path):
     """The environment of an algorithm's small run."""

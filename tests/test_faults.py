@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ALGOS, CONTINUOUS, ON_POLICY, ROOT, SMALL, TWO, command, env_id, load, probe, rows, run, two
+from conftest import ALGOS, CONTINUOUS, ON_POLICY, ROOT, SMALL, TWO, command, env_id, every, load, probe, rows, run, two
 
 TESTS = {"PYTHONPATH": str(ROOT / "tests")}  # where the module of probes:probe/... lies
 
@@ -135,6 +135,7 @@ def test_bad_flags_on_policy(path, tmp_path, monkeypatch, capsys, flags, words):
     refused_here(path, tmp_path, monkeypatch, capsys, flags, words)
 
 
+@every
 @pytest.mark.parametrize("what", ["Reward", "Observation"])
 def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_path, what):
     process = run(path, "--env-id", f"probes:{probe(path, f'Bad{what}')}", "--run-dir", tmp_path / "run", env=TESTS)

@@ -7,7 +7,7 @@ import numpy as np
 import probes  # noqa: F401  (registers the environments)
 import pytest
 import torch
-from conftest import ALGOS, CONTINUOUS, ON_POLICY, ROOT, load, probe
+from conftest import CONTINUOUS, EVERY, ON_POLICY, ROOT, load, probe
 
 REPLAY = {"hidden": (32, 32), "batch_size": 64, "tau": 0.05, "learning_starts": 200, "buffer_size": 2000}
 ACTOR_CRITIC = REPLAY | {"policy_lr": 3e-3, "q_lr": 3e-3}
@@ -51,7 +51,7 @@ class Trained:
         return self.module.q_values(self.agent.critic, obs, action).mean().item()
 
 
-@pytest.fixture(params=ALGOS, ids=lambda path: path.stem)
+@pytest.fixture(params=EVERY)
 def trained(request, tmp_path):
     return lambda env, gamma=0.9, **flags: Trained(request.param, tmp_path / env, env, gamma, **flags)
 
@@ -83,6 +83,7 @@ def test_reward_that_depends_on_the_action(trained):
         assert run.value(0, 1) == pytest.approx(1, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [path for path in [*CONTINUOUS, *ON_POLICY] if path.stem != "vpg"], ids=lambda p: p.stem
 )

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import tyro
-from conftest import ON_POLICY, ROOT, command, env_id, load, run, two
+from conftest import ON_POLICY, ROOT, command, env_id, every, load, run, two
 
 ALONE = """
 import runpy, sys
@@ -21,6 +21,7 @@ assert not seen, seen
 """
 
 
+@every
 def test_a_copied_file_runs_alone(path, tmp_path):
     shutil.copy(path, tmp_path)
     flags = ["--num-steps", "500", "--num-minibatches", "10"] if path in ON_POLICY else ["--learning-starts", "800"]
@@ -52,6 +53,7 @@ def test_an_environment_of_ones_own_from_the_folder_one_is_in(path, tmp_path):
     assert folder.name.startswith(f"mine-Mine-v0__{path.stem}__1__")
 
 
+@every
 def test_the_policy_loads_without_an_environment(path, tmp_path):
     process = run(path, "--run-dir", tmp_path / "run")
     assert process.returncode == 0, process.stderr
@@ -66,6 +68,7 @@ def test_the_policy_loads_without_an_environment(path, tmp_path):
     assert (policy(obs) == action).all() and (sampled(obs) != sampled(obs)).any()
 
 
+@every
 def test_train_as_a_function(path, tmp_path):
     """What a sweep or a notebook does: no command line, twice in one process."""
     module = load(path)
