@@ -425,7 +425,7 @@ def train(args):
         sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, and {args.env_id} has {space}: try sac, td3, ppo")
     obs_dim = envs.single_observation_space.shape[0]
     agent = Agent(args, obs_dim, int(space.n), device)
-    memory = torch.empty(args.buffer_size, 2 * obs_dim + 3, device=device)  # rows (s, a, r, d, s')
+    memory = torch.from_numpy(np.empty((args.buffer_size, sum(agent.columns)), np.float32)).to(device)
     run = Run(args, agent.critic, {"agent": agent, "memory": memory, "optimizer": agent.optimizer})
     update = torch.compile(agent.update) if args.compile else agent.update
     update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" else update
@@ -471,7 +471,7 @@ def main():
             saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
             args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
         train(args)
-    except (OSError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
 
 

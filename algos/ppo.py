@@ -636,7 +636,7 @@ def main():
             saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
             args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
         train(args)
-    except (OSError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
 
 

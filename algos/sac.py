@@ -465,7 +465,7 @@ def train(args):
         sys.exit(f"error: {ALGO} needs actions in a flat Box of floats with two bounds, not {space}: try ppo or dqn")
     obs_dim, act_dim = envs.single_observation_space.shape[0], space.shape[0]
     agent = Agent(args, obs_dim, space.low.tolist(), space.high.tolist(), device)
-    memory = torch.empty(args.buffer_size, 2 * obs_dim + act_dim + 2, device=device)  # rows (s, a, r, d, s')
+    memory = torch.from_numpy(np.empty((args.buffer_size, sum(agent.columns)), np.float32)).to(device)
     parts = {name: getattr(agent, name) for name in ("actor_optimizer", "critic_optimizer")}
     run = Run(args, agent.actor, {"agent": agent, "memory": memory, **parts})
     update = torch.compile(agent.update) if args.compile else agent.update
@@ -512,7 +512,7 @@ def main():
             saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
             args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
         train(args)
-    except (OSError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
 
 
