@@ -131,7 +131,7 @@ class QNetwork(nn.Module):
     @torch.no_grad()
     def act(self, obs, epsilon=0.0):
         """In numpy, greedy but with probability epsilon: obs [..., O] -> action [...]."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=next(self.parameters()).device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.net[0].weight.device)
         greedy = self(obs).argmax(-1)
         if epsilon == 0:  # and no random number is drawn: evaluation leaves training alone
             return greedy.cpu().numpy()
