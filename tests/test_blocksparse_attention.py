@@ -20,6 +20,7 @@ from conftest import ROOT, load
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 CUDA = torch.cuda.is_available()
+CLOCK = time.perf_counter if CUDA else time.process_time  # other processes take no CPU time of this one
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 FILE = ROOT / "kernels" / "blocksparse_attention.py"
@@ -400,10 +401,10 @@ def test_a_large_layout_is_fast_and_small():
     mask = torch.rand(1024, 1024) < 0.1
     best = math.inf
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = CLOCK()
         layout = BlockLayout(mask.shape, 64, BlockLayout.from_mask(mask, 64).tensors) if CUDA else None
         tensors = layout.tensors if CUDA else forged(mask)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, CLOCK() - begin)
     assert sum(x.nbytes for x in tensors) < 16 * mask.sum() + 64 * 1024
     assert best < 0.2  # half of that and less on a quiet machine
 
@@ -573,10 +574,10 @@ def times(contenders, repeats=5):
     for _ in range(repeats + 1):
         for n, contender in enumerate(contenders):
             CUDA and torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = CLOCK()
             contender()
             CUDA and torch.cuda.synchronize()
-            best[n] = min(best[n], time.perf_counter() - begin)
+            best[n] = min(best[n], CLOCK() - begin)
     return best
 
 
