@@ -37,15 +37,15 @@ FLOPs are counted as 4 B H Sq Sk D density forward, for two products, and 2.5 ti
 compute seven there, two of them twice, so that no sum depends on the order of programs; the PyTorch path five. The
 density is that of the blocks: what causal removes from them counts as done.
 
-Measured so far on a CPU alone: B 1, H 4, S 4096, D 64, float32, block 64, random layouts with the diagonal, one thread
-of a machine busy with other work, so in seconds of the process's own CPU time, the best of 4 beside dense SDPA in turn:
+Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, two threads,
+the best of 12 (90 %: of 5) beside dense SDPA in turn, on a machine whose speed varies by a third from minute to minute:
 
-    density      forward   dense    times       with backward   dense    times
-       5.2 %       30 ms  199 ms     6.5 x              95 ms  709 ms     7.5 x
-      12.6 %       63 ms  198 ms     3.2 x             202 ms  712 ms     3.5 x
-      24.7 %      125 ms  202 ms     1.6 x             372 ms  709 ms     1.9 x
-      89.7 %      445 ms  202 ms    0.45 x            1313 ms  701 ms    0.53 x
-     100   %      185 ms  183 ms     1.0 x             672 ms  677 ms     1.0 x
+    density      forward    times dense       with backward    times dense
+       5.0 %       28 ms        9.3 x              128 ms          6.9 x
+      12.3 %       80 ms        3.3 x              263 ms          3.6 x
+      24.6 %      145 ms        2.1 x              571 ms          2.0 x
+      89.9 %      528 ms       0.59 x             1606 ms         0.65 x
+     100   %      294 ms       0.96 x             1385 ms         0.97 x
 
 No GPU has been at hand: the kernels are checked in Triton's interpreter. For the table of your machine, run the file.
 
