@@ -37,7 +37,7 @@ FLOPs are counted as 4 B H Sq Sk D density forward, for two products, and 2.5 ti
 compute seven there, two of them twice, so that no sum depends on the order of programs; the PyTorch path five. The
 density is that of the blocks: what causal removes from them counts as done.
 
-Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, two threads,
+Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
 the best of 12 (90 %: of 5) beside dense SDPA in turn, on a machine whose speed varies by a third from minute to minute:
 
     density      forward    times dense       with backward    times dense
