@@ -48,7 +48,8 @@ def calibrate():
     """Write the calibration of every case that has none into curves.json, two runs at a time."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for case in [case for case in CASES if "calibration" not in case]:
-            jobs = [pool.submit(best, case, seed, Path(folder, case["algo"], str(seed))) for seed in range(101, 111)]
+            name = f"{case['algo']}-{case['env_id']}"
+            jobs = [pool.submit(best, case, seed, Path(folder, name, str(seed))) for seed in range(101, 111)]
             case["calibration"] = [round(job.result(), 1) for job in jobs]
             print(case["algo"], case["env_id"], case["calibration"], flush=True)
             CURVES.write_text(json.dumps(CASES, indent=2) + "\n")
