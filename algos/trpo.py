@@ -124,38 +124,28 @@ def mlp(sizes, activation, gain):
     return nn.Sequential(*layers)
 
 
-RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
-
-
-def collective(operation, x):
-    """What all ranks take part in, or one sentence where they are no longer all there."""
-    try:
-        operation(x)
-    except RuntimeError as error:
-        sys.exit(f"error: rank {RANK} has lost another one ({error}): see what ended that, then --resume")
-
-
-def mean_over_ranks(x):
-    """The average of a tensor over all ranks, in place."""
-    if RANKS > 1:
-        collective(distributed.all_reduce, x)
-        x /= RANKS
-    return x
-
-
 def standardize(x):
     """x [B] less its mean, over its standard deviation, both over all ranks."""
     x = x - mean_over_ranks(x.mean())
     return x / (mean_over_ranks(x.square().mean()).sqrt() + 1e-8)
 
 
-def descend(optimizer, loss):
-    """One step of `optimizer` on the gradient, averaged over the ranks."""
-    parameters = optimizer.param_groups[0]["params"]
-    gradient = mean_over_ranks(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    for parameter, g in zip(parameters, gradient.split([parameter.numel() for parameter in parameters])):
-        parameter.grad = g.view_as(parameter)
-    optimizer.step()
+class Adam(torch.optim.Adam):
+    """Adam on one vector [P] of which the parameters become views: a step of it costs less than one of each."""
+
+    def __init__(self, parameters, **options):
+        self.views = [*parameters]
+        vector = nn.utils.parameters_to_vector(self.views).detach()
+        for view, part in zip(self.views, vector.split([view.numel() for view in self.views])):
+            view.data = part.view_as(view)
+        super().__init__([vector], fused=True, capturable=True, **options)  # both of which a CPU takes too
+
+    def descend(self, loss):
+        """A step on the gradient, averaged over the ranks."""
+        gradient = mean_over_ranks(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.views)]))
+        [vector] = self.param_groups[0]["params"]
+        vector.grad = gradient
+        self.step()
 
 
 class Normalizer(nn.Module):
@@ -165,10 +155,11 @@ class Normalizer(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("std", torch.ones(dim))
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return ((x - self.mean) / self.std).clamp(-10, 10)
 
     def update(self, x):
         """Take in x [T, N, D], as Chan et al. 1983 merge two sets of numbers."""
@@ -178,6 +169,7 @@ class Normalizer(nn.Module):
         share, delta = n / (self.count + n), mean - self.mean
         self.mean += share * delta
         self.var += share * (var - self.var + (1 - share) * delta.square())
+        self.std.copy_((self.var + 1e-8).sqrt())
         self.count += n
 
 
@@ -194,8 +186,12 @@ class Actor(nn.Module):
         self.discrete = low is None
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(act_dim))
-            self.register_buffer("low", torch.tensor(low))
-            self.register_buffer("high", torch.tensor(high))
+            low, high = torch.tensor(low), torch.tensor(high)
+            bounded = (high - low).isfinite()  # other actions are taken as they are
+            self.register_buffer("low", low)
+            self.register_buffer("high", high)
+            self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
+            self.register_buffer("width", torch.where(bounded, (high - low) / 2, 1.0))
 
     def forward(self, obs):
         head = self.net(self.normalize(obs))
@@ -206,20 +202,20 @@ class Actor(nn.Module):
     def noise(self, *shape):
         """What `choose` turns into samples: [*shape, A]; on the CPU, so that it is the same on every device."""
         shape = *shape, self.init["act_dim"]
-        return -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape)
+        if self.discrete:
+            return -torch.empty(shape).exponential_().log()
+        return torch.randn(shape) * self.log_std.detach().exp().cpu()
 
     @torch.no_grad()
     def choose(self, obs, noise):
         """obs [..., O], noise [..., A] -> a sample of the policy [...] or [..., A]; without noise, its mode."""
-        head = self.net(self.normalize(obs))
-        return (head + noise).argmax(-1) if self.discrete else head + self.log_std.exp() * noise
+        action = self.net(self.normalize(obs)) + noise
+        return action.argmax(-1) if self.discrete else action
 
     def to_env(self, action):
         """The action [...] or [..., A] in numpy, as the environment takes it."""
         if not self.discrete:
-            bounded = (self.high - self.low).isfinite()
-            scaled = self.low + (self.high - self.low) * (1 + action) / 2
-            action = torch.where(bounded, scaled, action).clamp(self.low, self.high)
+            action = torch.addcmul(self.center, self.width, action).clamp(self.low, self.high)
         return action.cpu().numpy()
 
     def act(self, obs, deterministic=True):
@@ -283,8 +279,7 @@ class Agent(nn.Module):
         self.returns = Normalizer(1)
         self.columns = (obs_dim, 1 if low is None else act_dim, 1, 1)  # of a batch
         self.to(device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
-        self.critic_optimizer = adam(self.critic.parameters(), lr=args.vf_lr)
+        self.critic_optimizer = Adam(self.critic.parameters(), lr=args.vf_lr)
 
     def value(self, obs):
         """obs [..., O] -> V(s) [...]."""
@@ -298,7 +293,7 @@ class Agent(nn.Module):
         """A rollout, [T, N] or [T, N, .] each -> rows (s, a, A, R) [T, N, O + A + 2]."""
         value = self.value(obs)
         if self.args.norm_reward:
-            reward = (reward / (self.returns.var + 1e-8).sqrt()).clamp(-10, 10)
+            reward = (reward / self.returns.std).clamp(-10, 10)
         next_value, (gamma, gae_lambda) = self.value(next_obs), (self.args.gamma, self.args.gae_lambda)
         advantage = gae(reward, value, next_value, terminated, ended, gamma, gae_lambda)
         weight = standardize(advantage) if self.args.norm_adv else advantage
@@ -338,7 +333,7 @@ class Agent(nn.Module):
         obs, _, _, target = batch.split(self.columns, -1)
         value = self.value(obs)
         loss = value_loss(value, target[:, 0])
-        descend(self.critic_optimizer, loss)  # (4)
+        self.critic_optimizer.descend(loss)  # (4)
         return {"loss/value": loss.detach(), "value/mean": value.detach().mean()}
 
 
@@ -521,7 +516,25 @@ class Run:
         return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
 
 
-# ==== end of plumbing =================================================================================================
+RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+
+
+def collective(operation, x):
+    """What all ranks take part in, or one sentence where they are no longer all there."""
+    try:
+        operation(x)
+    except RuntimeError as error:
+        sys.exit(f"error: rank {RANK} has lost another one ({error}): see what ended that, then --resume")
+
+
+def mean_over_ranks(x):
+    """The average of a tensor over all ranks, in place."""
+    if RANKS > 1:
+        collective(distributed.all_reduce, x)
+        x /= RANKS
+    return x
+
+
 class Follower(Run):
     """The Run of a rank above 0: it writes nothing, and `join` brings it where rank 0 is."""
 
@@ -555,6 +568,7 @@ def join(run):
         part.load_state_dict(parts[name])
 
 
+# ==== end of plumbing =================================================================================================
 def evaluate(run):
     """--eval-episodes deterministic episodes, in an environment and from seeds of their own."""
     episodes = []
