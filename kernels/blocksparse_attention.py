@@ -485,10 +485,8 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
         return tuple(x.contiguous() for x in backward(do, q, k, v, out, lse, 0.0, causal, scale=scale))
     Q, K, V, dO = (to_blocks(x, b) for x in (q, k, v, do))
     empty = lse == -math.inf
-    delta = torch.cat(
-        [(x.to(dtype) * y).sum(-1) for x, y in zip(do.flatten(0, 1).split(1), out.flatten(0, 1).split(1))]
-    )
-    delta = (delta.view_as(lse) - dlse).masked_fill_(empty, 0)  # (5), and whatever came for an empty row
+    delta = torch.linalg.vecdot(do.to(dtype), out.to(dtype))  # which needs no buffer for the products
+    delta = (delta - dlse).masked_fill_(empty, 0)  # (5), and whatever came for an empty row
     ends = lse.masked_fill(empty, math.inf)  # exp(s - inf) is 0
     delta, ends = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (ends, math.inf)))
     dq, dk, dv = torch.zeros_like(Q, dtype=dtype), torch.empty_like(K), torch.empty_like(V)
@@ -510,12 +508,10 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
                 y.masked_fill_(unseen, 0)
                 z.masked_fill_(unseen, 0)
         p, ds = pool.get("p", R, b, n * b), pool.get("ds", R, b, n * b)  # [R, keys, queries]
-        p.view(R, b, n, b).copy_(ends[blocks].view(R, 1, n, b))
-        torch.baddbmm(p, y, x.mT, beta=-1, alpha=scale, out=p).exp_()  # (4)
+        torch.baddbmm(p, y, x.mT, beta=0, alpha=scale, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
         t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
         dv.index_copy_(0, rows, torch.bmm(p, g, out=pool.get("o", R, b, D)).to(q.dtype))  # (7)
-        ds.view(R, b, n, b).copy_(delta[blocks].view(R, 1, n, b))
-        torch.baddbmm(ds, z, g.mT, beta=-1, out=ds).mul_(p)  # (6)
+        torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
         dk.index_copy_(0, rows, torch.bmm(ds, x, out=pool.get("o", R, b, D)).mul_(scale).to(q.dtype))  # (9)
         torch.baddbmm(x, ds.mT, y, beta=0, alpha=scale, out=x)
         dq.index_add_(0, blocks, x.view(-1, b, D))  # (8)
