@@ -135,6 +135,21 @@ def test_the_gradient_is_clipped_to_its_norm(ppo):
         assert optimizer.param_groups[0]["params"][0].grad.norm().item() == pytest.approx(norm, rel=1e-4)
 
 
+def test_adam_on_one_vector_takes_the_steps_of_adam_on_each_parameter(ppo):
+    torch.manual_seed(0)
+    ours, theirs = (ppo.mlp((3, 8, 2), "tanh", 1.0) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    one, each = ppo.Adam(ours.parameters(), lr=0.1), torch.optim.Adam(theirs.parameters(), lr=0.1)
+    for _ in range(5):
+        x = torch.randn(16, 3)
+        one.descend(ours(x).square().mean(), float("inf"))
+        each.zero_grad()
+        theirs(x).square().mean().backward()
+        each.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("box", [True, False])
 def test_fisher_vector_product_is_that_of_an_explicit_hessian(trpo, box):
     torch.manual_seed(0)
