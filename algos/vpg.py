@@ -186,7 +186,8 @@ class Actor(nn.Module):
             self.register_buffer("width", torch.where(bounded, (high - low) / 2, 1.0))
 
     def forward(self, obs):
-        head = self.net(self.normalize(obs))
+        """Here, obs is normalised already, since a rollout is gone through many times."""
+        head = self.net(obs)
         if self.discrete:
             return Categorical(logits=head, validate_args=False)  # what is not finite shows in the losses
         return Independent(Normal(head, self.log_std.exp(), validate_args=False), 1, validate_args=False)
@@ -251,8 +252,8 @@ class Agent(nn.Module):
         self.critic_optimizer = Adam(self.critic.parameters(), lr=args.vf_lr)
 
     def value(self, obs):
-        """obs [..., O] -> V(s) [...]."""
-        return self.critic(self.actor.normalize(obs)).squeeze(-1)
+        """obs [..., O], normalised -> V(s) [...]."""
+        return self.critic(obs).squeeze(-1)
 
     def log_prob(self, distribution, action):
         return distribution.log_prob(action[..., 0] if self.actor.discrete else action)
@@ -260,6 +261,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def prepare(self, obs, action, reward, terminated, ended, next_obs):
         """A rollout, [T, N] or [T, N, .] each -> rows (s, a, A, R) [T, N, O + A + 2]."""
+        obs, next_obs = self.actor.normalize(obs), self.actor.normalize(next_obs)
         value = self.value(obs)
         if self.args.norm_reward:
             reward = (reward / self.returns.std).clamp(-10, 10)

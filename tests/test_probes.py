@@ -44,7 +44,7 @@ class Trained:
         """The critic's value of `obs`, under the greedy action where it asks for one; the mean of its K heads."""
         obs = torch.tensor([obs], dtype=torch.float32)
         if self.algo in LONGER:
-            return self.agent.value(obs).item()
+            return self.agent.value(self.agent.actor.normalize(obs)).item()
         if self.algo == "dqn":
             return self.agent.critic(obs).max().item()
         action = torch.from_numpy(self.policy(obs.numpy()))
