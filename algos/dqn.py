@@ -2,10 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11", "numpy>=2", "gymnasium[mujoco]>=1.4,<2", "mujoco<5", "tyro>=1,<2", "tqdm>=4.66"]
 # ///
-"""Deep Q-Network (DQN): Q-learning with a network, made stable by a memory and by a target that stands still.
+"""Deep Q-Network (DQN): Q-learning with a network, made stable by a memory and by a target that lags behind.
 
 The network learns the return of each action from its own estimate of what comes after. Sampling from a memory breaks
-the correlation of what follows in time; a copy, renewed now and then, keeps the target from running off.
+the correlation of what follows in time; a copy of the network that lags behind keeps the target from running off.
 
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", https://doi.org/10.1038/nature14236
 van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning", https://arxiv.org/abs/1509.06461
@@ -28,7 +28,7 @@ Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning
     python algos/dqn.py --env-id CartPole-v1           or, in Python:   from dqn import Args, load_policy, train
     python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
-CartPole-v1, 60k steps, seeds 1 and 2: best evaluation 500 and 500, the last one 227 and 500: it is not steady.
+CartPole-v1, best evaluation by 60k steps: at least 450 in 9 of 10 seeds. It is not steady: the last one may be worse.
 
 Metrics: loss/critic (4); value/mean, Q of the last batch; explore/epsilon (1); episode/*, training episodes as they
 end; eval/*, greedy episodes; speed/sps, environment steps a second since the run began, everything included.
@@ -36,7 +36,9 @@ end; eval/*, greedy episodes; speed/sps, environment steps a second since the ru
 What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
  2. (1) is a function of the step, and reaches end_e at the step it should; each environment draws for itself.
- 3. The target moves by environment steps too, whatever `train_frequency` is, and not before learning starts.
+ 3. The target moves by environment steps too, whatever `train_frequency` is, and not before learning starts. It
+    follows slowly, as in DDPG. A copy now and then, as in the paper, with --tau 1 --target-network-frequency 500
+    --learning-rate 1e-3, reached 450 in 6 of 10 seeds.
  4. (4) is square up to an error of 1, then linear: one surprising transition cannot tear the network.
  5. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
  6. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
@@ -77,9 +79,9 @@ class Args:
     batch_size: int = 128  # transitions in a gradient step
     train_frequency: int = 2  # environment steps per gradient step
     gamma: float = 0.99  # discount
-    tau: float = 1.0  # how far the target moves when it does
-    target_network_frequency: int = 500  # environment steps between moves of the target
-    learning_rate: float = 1e-3  # of the network
+    tau: float = 0.01  # how far the target moves when it does
+    target_network_frequency: int = 2  # environment steps between moves of the target
+    learning_rate: float = 5e-4  # of the network
     start_e: float = 1.0  # probability of a random action at the first step
     end_e: float = 0.05  # the same at the end of its fall
     exploration_fraction: float = 0.2  # of all steps, how many that fall takes
