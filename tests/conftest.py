@@ -27,13 +27,18 @@ SMALL = {
 CONTINUOUS = [path for path in ALGOS if path.stem in ("ddpg", "sac", "td3")]  # those that know nothing but boxes
 ON_POLICY = [path for path in ALGOS if path.stem in ("ppo", "trpo", "vpg")]
 
-# What the plumbing does is tried in one file that has a memory and one that has rollouts: its text is the same in all.
-TWO = [path for path in ALGOS if path.stem in ("ppo", "sac")]
-two = pytest.mark.parametrize("path", TWO, ids=lambda path: path.stem)
 
-# What takes seconds is tried in every file, but in no more than those two where the slow tests are left out.
-EVERY = [pytest.param(path, marks=() if path in TWO else pytest.mark.slow, id=path.stem) for path in ALGOS]
-every = pytest.mark.parametrize("path", EVERY)
+def in_files(names, quick):
+    """The files of algos/ of these names as parameters, slow but for those named in `quick`."""
+    marks = {name: () if name in quick else pytest.mark.slow for name in names}
+    return [pytest.param(path, marks=marks[path.stem], id=path.stem) for path in ALGOS if path.stem in marks]
+
+
+# What the plumbing does is tried in one file that has a memory and one that has rollouts, since its text is the same in
+# all, and what takes seconds in every file; but where the slow tests are left out, only in the first, and in these two.
+TWO = in_files(["ppo", "sac"], ["sac"])
+EVERY = in_files([path.stem for path in ALGOS], ["ppo", "sac"])
+two, every = (pytest.mark.parametrize("path", files) for files in (TWO, EVERY))
 
 
 def env_id(path):

@@ -156,7 +156,7 @@ def test_a_loss_that_diverges_stops_the_run(path, tmp_path):
         assert "NaN" not in line and "Infinity" not in line
 
 
-@pytest.fixture(scope="module", params=TWO, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=TWO)
 def finished(request, tmp_path_factory):
     """A finished run, and the file that made it. Copy it before you break it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
