@@ -66,6 +66,7 @@ class Run(NamedTuple):
     label: str
     seed: int
     rows: list  # dicts with "step" and metrics
+    config: dict  # what config.json holds; nothing for raw curves
 
 
 def read_rows(path):
@@ -76,7 +77,7 @@ def read_rows(path):
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                sys.exit(f"error: line {number} of {path} is not JSON: mend or remove it")
+                raise ValueError(f"line {number} of {path} is not JSON: mend or remove it") from None
     return rows
 
 
@@ -85,29 +86,39 @@ def name(algo, exp_name):
     return algo if exp_name == algo else f"{algo} {exp_name}"
 
 
-def find_runs(path):
-    """The runs in a folder, at any depth, or in a .jsonl file of raw curves."""
+def read_runs(path):
+    """The run in a run folder, or those in a .jsonl file of raw curves; ValueError says what is wrong with them."""
     if path.is_dir():
-        runs = []
-        for config in sorted(path.rglob("config.json")):
-            if (metrics := config.with_name("metrics.jsonl")).exists():
-                try:
-                    saved = json.loads(config.read_bytes())
-                    args = saved["args"]
-                    label = name(saved["algo"], args["exp_name"])
-                    runs.append(Run(str(config.parent), args["env_id"], label, args["seed"], read_rows(metrics)))
-                except (ValueError, KeyError, TypeError):
-                    sys.exit(f"error: {config} is not the config of a run: mend it or move it away")
-        return runs
+        config = path / "config.json"
+        try:
+            saved = json.loads(config.read_bytes())
+            args = saved["args"]
+            of = str(path), args["env_id"], name(saved["algo"], args["exp_name"]), args["seed"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{config} is not the config of a run: mend it or move it away") from None
+        return [Run(*of, read_rows(path / "metrics.jsonl"), saved)]
     if path.suffix != ".jsonl" or not path.exists():
-        sys.exit(f"error: {path} is neither a folder nor a .jsonl file")
+        raise ValueError(f"{path} is neither a folder nor a .jsonl file")
     rows_of = defaultdict(list)
     for number, row in enumerate(read_rows(path), 1):
         try:
             rows_of[row["env_id"], name(row["algo"], row.get("exp_name", row["algo"])), row["seed"]].append(row)
         except (KeyError, TypeError, AttributeError):
-            sys.exit(f"error: line {number} of {path} lacks env_id, algo or seed: for metrics.jsonl, give its folder")
-    return [Run(f"{path}/{'__'.join(map(str, key))}", *key, rows) for key, rows in rows_of.items()]
+            lacks = f"line {number} of {path} lacks env_id, algo or seed: for metrics.jsonl, give its folder"
+            raise ValueError(lacks) from None
+    return [Run(f"{path}/{'__'.join(map(str, key))}", *key, rows, {}) for key, rows in rows_of.items()]
+
+
+def find_runs(path):
+    """The runs in a folder, at any depth, or in a .jsonl file of raw curves."""
+    folders = [path]
+    if path.is_dir():
+        configs = sorted(path.rglob("config.json"))
+        folders = [config.parent for config in configs if config.with_name("metrics.jsonl").exists()]
+    try:
+        return [run for folder in folders for run in read_runs(folder)]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def curve(rows, x, value):
