@@ -109,6 +109,8 @@ class Args:
 
 
 ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "tanh": nn.Tanh(), "elu": nn.ELU(inplace=True), "silu": nn.SiLU()}
+IN_NUMPY = {"relu": lambda x: x.clip(0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
+IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
 
 
 def mlp(sizes, activation, layer=nn.Linear):
@@ -130,16 +132,31 @@ class QNetwork(nn.Module):
         q = self.net(obs)
         return dueling_values(q[..., :1], q[..., 1:]) if self.dueling else q
 
-    @torch.no_grad()
+    def in_numpy(self):
+        """The network of now as a function of arrays, faster on few rows: obs [..., O] -> argmax_a Q(s, a) [...]."""
+        state = {name: x.cpu().numpy() for name, x in self.state_dict().items()}
+        *hidden, last = [(state[f"net.{i}.weight"].T, state[f"net.{i}.bias"]) for i in range(0, len(self.net), 2)]
+        activate = IN_NUMPY[self.init["activation"]]
+
+        def greedy(obs):
+            x = np.asarray(obs, np.float32)
+            for weight, bias in hidden:
+                x = activate(x @ weight + bias)
+            return (x @ last[0] + last[1])[..., self.dueling :].argmax(-1)  # V(s) is the same for all
+
+        return greedy
+
     def act(self, obs, epsilon=0.0):
         """In numpy, greedy but with probability epsilon: obs [..., O] -> action [...]."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.net[0].weight.device)
-        greedy = self(obs).argmax(-1)
-        if epsilon == 0:  # and no random number is drawn: evaluation leaves training alone
-            return greedy.cpu().numpy()
-        explore = torch.rand(greedy.shape, device=obs.device) < epsilon
-        uniform = torch.randint(self.init["actions"], greedy.shape, device=obs.device)
-        return torch.where(explore, uniform, greedy).cpu().numpy()
+        return epsilon_greedy(self.in_numpy()(obs), epsilon, self.init["actions"])
+
+
+def epsilon_greedy(action, epsilon, actions):
+    """Each of action [...] as it is, or with probability epsilon one of all `actions`."""
+    if epsilon == 0:  # and no random number is drawn: evaluation leaves training alone
+        return action
+    explore, choice = torch.rand(2, *action.shape).numpy()
+    return np.where(explore < epsilon, (choice * actions).astype(int), action)
 
 
 def dueling_values(value, advantage):
@@ -427,20 +444,21 @@ def train(args):
         sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, and {args.env_id} has {space}: try sac, td3, ppo")
     obs_dim = envs.single_observation_space.shape[0]
     agent = Agent(args, obs_dim, int(space.n), device)
-    memory = torch.from_numpy(np.empty((args.buffer_size, sum(agent.columns)), np.float32)).to(device)
+    size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
+    memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
     run = Run(args, agent.critic, {"agent": agent, "memory": memory, "optimizer": agent.optimizer})
     update = torch.compile(agent.update) if args.compile else agent.update
     update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" else update
 
-    (obs, _), metrics = envs.reset(seed=run.seeds(n)), {}
+    (obs, _), metrics, greedy = envs.reset(seed=run.seeds(n)), {}, agent.critic.in_numpy()
     for step in run.steps(n):
         # Act. Step t has row t mod capacity, so the memory needs no counters.
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
-        action = agent.critic.act(obs, epsilon)
+        action = epsilon_greedy(greedy(obs), epsilon, int(space.n))
         next_obs, reward, terminated, truncated, info = envs.step(action)
         true_obs = run.observe(next_obs, reward, info)  # s'
-        rows = torch.from_numpy(np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32))
-        memory.index_copy_(0, torch.arange(step - n, step, device=device) % len(memory), rows.to(device))
+        rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
+        memory[(step - n) % len(memory) :][:n] = torch.from_numpy(rows)
         obs = next_obs
 
         # Learn, and move the target, each in its own rhythm of steps.
@@ -448,6 +466,7 @@ def train(args):
         for _ in range(*(t // args.train_frequency for t in learnt)):
             index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)
             metrics = update(memory.index_select(0, index))
+            greedy = agent.critic.in_numpy()
         for _ in range(*(t // args.target_network_frequency for t in learnt)):
             agent.move_target()
 

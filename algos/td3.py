@@ -456,9 +456,9 @@ def train(args):
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
     if not flat or not all(0 < width < math.inf for width in space.high - space.low):
         sys.exit(f"error: {ALGO} needs actions in a flat Box of floats with two bounds, not {space}: try ppo or dqn")
-    obs_dim, act_dim = envs.single_observation_space.shape[0], space.shape[0]
-    agent = Agent(args, obs_dim, space.low.tolist(), space.high.tolist(), device)
-    memory = torch.from_numpy(np.empty((args.buffer_size, sum(agent.columns)), np.float32)).to(device)
+    agent = Agent(args, *envs.single_observation_space.shape, space.low.tolist(), space.high.tolist(), device)
+    size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
+    memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
     parts = {name: getattr(agent, name) for name in ("actor_optimizer", "critic_optimizer")}
     run = Run(args, agent.actor, {"agent": agent, "memory": memory, **parts})
     update = torch.compile(agent.update) if args.compile else agent.update
@@ -470,13 +470,13 @@ def train(args):
     for step in run.steps(n):
         # Act. Step t has row t mod capacity, so the memory needs no counters.
         if step <= args.learning_starts:
-            action = torch.lerp(agent.actor.low, agent.actor.high, torch.rand(n, act_dim, device=device)).cpu().numpy()
+            action = torch.lerp(agent.actor.low.cpu(), agent.actor.high.cpu(), torch.rand(n, *space.shape)).numpy()
         else:
             action = agent.actor.act(obs, deterministic=False)
         next_obs, reward, terminated, truncated, info = envs.step(action)
         true_obs = run.observe(next_obs, reward, info)  # s'
-        rows = torch.from_numpy(np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32))
-        memory.index_copy_(0, torch.arange(step - n, step, device=device) % len(memory), rows.to(device))
+        rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
+        memory[(step - n) % len(memory) :][:n] = torch.from_numpy(rows)
         obs = next_obs
 
         # Learn: `utd` gradient steps for each step after the random ones.

@@ -113,6 +113,8 @@ class Args:
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU}
+IN_NUMPY = {"relu": lambda x: x.clip(0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
+IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
 
 
 def mlp(sizes, activation, gain):
@@ -201,29 +203,37 @@ class Actor(nn.Module):
         return Independent(Normal(head, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def noise(self, *shape):
-        """What `choose` turns into samples: [*shape, A]; on the CPU, so that it is the same on every device."""
+        """What `in_numpy` turns into samples: [*shape, A], drawn on the CPU, so that it is the same on every device."""
         shape = *shape, self.init["act_dim"]
         if self.discrete:
-            return -torch.empty(shape).exponential_().log()
-        return torch.randn(shape) * self.log_std.detach().exp().cpu()
+            return -torch.empty(shape).exponential_().log().numpy()
+        return (torch.randn(shape) * self.log_std.detach().exp().cpu()).numpy()
 
-    @torch.no_grad()
-    def choose(self, obs, noise):
-        """obs [..., O], noise [..., A] -> a sample of the policy [...] or [..., A]; without noise, its mode."""
-        action = self.net(self.normalize(obs)) + noise
-        return action.argmax(-1) if self.discrete else action
+    def in_numpy(self):
+        """The policy of now as a function of arrays, since on a few rows numpy takes a fifth of the time of torch.
 
-    def to_env(self, action):
-        """The action [...] or [..., A] in numpy, as the environment takes it."""
-        if not self.discrete:
-            action = torch.addcmul(self.center, self.width, action).clamp(self.low, self.high)
-        return action.cpu().numpy()
+        obs [..., O], noise [..., A] or 0 for the mode -> action [...] or [..., A], and as environments take it.
+        """
+        state = {name: x.cpu().numpy() for name, x in self.state_dict().items()}
+        *hidden, last = [(state[f"net.{i}.weight"].T, state[f"net.{i}.bias"]) for i in range(0, len(self.net), 2)]
+        activate = IN_NUMPY[self.init["activation"]]
+
+        def choose(obs, noise):
+            x = np.asarray(obs, np.float32)
+            if self.init["norm_obs"]:
+                x = ((x - state["normalize.mean"]) / state["normalize.std"]).clip(-10, 10)
+            for weight, bias in hidden:
+                x = activate(x @ weight + bias)
+            action = x @ last[0] + last[1] + noise
+            if self.discrete:
+                return (action.argmax(-1),) * 2
+            return action, (state["center"] + state["width"] * action).clip(state["low"], state["high"])
+
+        return choose
 
     def act(self, obs, deterministic=True):
         """obs [..., O] -> action [...] or [..., A], in numpy."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.net[0].weight.device)
-        noise = 0.0 if deterministic else self.noise(*obs.shape[:-1]).to(obs.device)
-        return self.to_env(self.choose(obs, noise))
+        return self.in_numpy()(obs, 0 if deterministic else self.noise(*np.shape(obs)[:-1]))[1]
 
 
 def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda):
@@ -647,13 +657,14 @@ def train(args):
     (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
     for step in run.steps(stride):
         # Collect a rollout: rows (s, a, r, d, whether the episode ended, its discounted rewards so far, s').
-        rows, noise = [], agent.actor.noise(args.num_steps, args.num_envs)[:, mine].to(device)
+        rows, noise = [], agent.actor.noise(args.num_steps, args.num_envs)[:, mine]
+        choose = agent.actor.in_numpy()
         for t, run.step in enumerate(range(step - stride + args.num_envs, step + 1, args.num_envs)):
-            action = agent.actor.choose(torch.as_tensor(obs, dtype=torch.float32, device=device), noise[t])
-            next_obs, reward, terminated, truncated, info = envs.step(agent.actor.to_env(action))
+            action, to_env = choose(obs, noise[t])
+            next_obs, reward, terminated, truncated, info = envs.step(to_env)
             true_obs, ended = run.observe(next_obs, reward, info), terminated | truncated  # s'
             returns = args.gamma * returns + reward
-            rows.append(np.column_stack((obs, action.cpu(), reward, terminated, ended, returns, true_obs)))
+            rows.append(np.column_stack((obs, action, reward, terminated, ended, returns, true_obs)))
             obs, returns = next_obs, returns * ~ended
         rollout = torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)  # [T, N, .]
         obs_dim, act_dim = agent.columns[:2]

@@ -94,25 +94,40 @@ def test_samples_follow_the_distribution(module, box):
     if box:
         policy.log_std.data = torch.tensor([-1.0, 0.5])
     obs = torch.randn(1, 4).expand(20_000, 4)
-    action = policy.choose(obs, policy.noise(len(obs)))
-    distribution = policy(obs)
+    choose, distribution = policy.in_numpy(), policy(obs)
+    action = torch.from_numpy(choose(obs.numpy(), policy.noise(len(obs)))[0])
     assert -distribution.log_prob(action).mean().item() == pytest.approx(distribution.entropy()[0].item(), abs=0.03)
     if not box:
         share = torch.bincount(action, minlength=3) / len(obs)
         torch.testing.assert_close(share, distribution.probs[0].detach(), atol=0.02, rtol=0)
-    assert torch.equal(policy.choose(obs, 0.0), policy.choose(obs, 0.0))
+    np.testing.assert_allclose(choose(obs[:2].numpy(), 0)[0], distribution.mode[:2].detach(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "silu"])
+def test_the_policy_in_numpy_is_the_one_in_torch(module, activation):
+    """For any activation, with the normaliser, on observations of any shape; and it is the policy of now."""
+    torch.manual_seed(0)
+    policy = module.Actor(4, 3, [-np.inf] * 3, [np.inf] * 3, (8, 8), activation, True)
+    policy.normalize.update(5 + 3 * torch.randn(10, 20, 4))
+    for parameter in policy.parameters():
+        parameter.data = torch.randn_like(parameter)
+    obs = 5 + 9 * np.random.default_rng(0).normal(size=(7, 2, 4))
+    x = policy.normalize(torch.from_numpy(obs).float())
+    assert (x.abs() == 10).any() or x.abs().max() > 3
+    expected = policy(x).mean.detach().numpy()
+    np.testing.assert_allclose(policy.act(obs), expected, rtol=1e-5, atol=1e-5)
+    assert policy.act(obs[0, 0]).shape == (3,) and policy.act(obs).dtype == np.float32
+    sampled = policy.act(obs, deterministic=False)
+    assert sampled.shape == expected.shape and not np.allclose(sampled, expected)
 
 
 def test_actions_fit_the_box_per_dimension(module):
-    policy = actor(module, True)
-    assert policy.to_env(torch.tensor([[0.0, 0.0], [1.0, 1.0], [-9.0, 9.0], [0.5, -0.5]])).tolist() == [
-        [0, 0.5],
-        [3, 1],
-        [-3, 1],
-        [1.5, 0.25],
-    ]
-    unbounded = module.Actor(4, 2, [-np.inf, -1.0], [np.inf, np.inf], (8,), "tanh", False)
-    assert unbounded.to_env(torch.tensor([7.0, -7.0])).tolist() == [7, -1]
+    policy, unbounded = actor(module, True), module.Actor(4, 2, [-np.inf, -1.0], [np.inf] * 2, (8,), "tanh", False)
+    for network in (policy.net, unbounded.net):
+        network[-1].weight.data.zero_()  # so that an action is its noise
+    _, to_env = policy.in_numpy()(np.zeros((4, 4)), np.float32([[0, 0], [1, 1], [-9, 9], [0.5, -0.5]]))
+    assert to_env.tolist() == [[0, 0.5], [3, 1], [-3, 1], [1.5, 0.25]]
+    assert unbounded.in_numpy()(np.zeros(4), np.float32([7, -7]))[1].tolist() == [7, -1]
 
 
 def test_the_ppo_loss_by_hand(ppo):
@@ -200,7 +215,7 @@ def trpo_problem(trpo, seed, box, **flags):
     bounds = ([-1.0, -1.0], [1.0, 1.0]) if box else (None, None)
     agent = trpo.Agent(args, 4, 2 if box else 3, *bounds, torch.device("cpu"))
     obs = torch.randn(64, 4)
-    action = agent.actor.choose(obs, agent.actor.noise(64)).float()
+    action = torch.from_numpy(agent.actor.in_numpy()(obs, agent.actor.noise(64))[0]).float()
     return agent, torch.cat((obs, action.view(64, -1), torch.randn(64, 2)), -1)
 
 

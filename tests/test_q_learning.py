@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load
@@ -156,6 +157,19 @@ def test_epsilon_falls_as_it_should(dqn):
     assert values == pytest.approx([1, 0.525, 0.05, 0.05, 0.05]) and dqn.linear_schedule(
         1.0, 0.1, 0, 1
     ) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "silu"])
+@pytest.mark.parametrize("dueling", [True, False])
+def test_the_greedy_action_in_numpy_is_the_one_in_torch(dqn, activation, dueling):
+    torch.manual_seed(0)
+    network = dqn.QNetwork(3, 4, (8, 8), activation, dueling)
+    for parameter in network.parameters():
+        parameter.data = torch.randn_like(parameter)
+    obs = 3 * torch.randn(50, 20, 3)
+    expected = network(obs).argmax(-1).numpy()
+    assert (network.act(obs.numpy()) == expected).mean() > 0.99  # rounding may turn the closest of them
+    assert len(np.unique(expected)) > 1 and network.act(obs[0, 0].numpy()).shape == ()
 
 
 def test_epsilon_greedy(dqn):
