@@ -217,7 +217,9 @@ class Agent(nn.Module):
         metrics = {"loss/critic": loss_q, "value/mean": q.detach().mean()}
 
         if delayed:
-            metrics["loss/actor"] = actor_loss(q_values(self.critic, obs, self.actor(obs)))
+            first = {name: x[:1].detach() for name, x in self.critic.named_parameters()}  # the only one asked
+            q = q_values(partial(torch.func.functional_call, self.critic, first), obs, self.actor(obs))  # [1, B]
+            metrics["loss/actor"] = actor_loss(q)
             descend(self.actor_optimizer, metrics["loss/actor"])  # (4)
             with torch.no_grad():
                 for target, source in ((self.target, self.critic), (self.target_actor, self.actor)):
