@@ -496,7 +496,8 @@ brackets and bands are 95 % intervals by stratified percentile bootstrap ($resam
 seeds such an interval is too narrow, since it cannot reach beyond the runs that there are.</p>
 </header>
 $remarks
-<section><h2>Curves</h2><p>Point at a curve, or take the arrow keys, to read it. Each is drawn at about 200 steps at most.</p>
+<section><h2>Curves</h2><p>Point at a curve, or take the arrow keys, to read it. Each is drawn at about 200
+steps at most.</p>
 <noscript><p>Reading curves and downloading data take JavaScript.</p></noscript>
 <div class="panels">
 $panels

@@ -283,8 +283,9 @@ def test_the_driver_is_killed(calm, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_fails_and_one_that_is_killed(tmp_path):
     """The first is shown with its last lines and not tried again, the second is resumed, and others go on."""
-    flags = "--algos dqn sac --envs Pendulum-v1 CartPole-v1 --set total-timesteps 2000 --set learning-starts 200"
-    driver = start(*flags.split(), "--set", "hidden", "16", "--set", "checkpoint-every", 500, "--run-dir", tmp_path)
+    flags = """--algos dqn sac --envs Pendulum-v1 CartPole-v1 --set total-timesteps 2000 --set learning-starts 200
+        --set hidden 16 --set checkpoint-every 500 --set eval-episodes 1"""
+    driver = start(*flags.split(), "--run-dir", tmp_path)
     wanted = tmp_path / "Pendulum-v1__sac__1"
     until((wanted / "checkpoint.pt").exists)
     os.kill(next(pid for pid, (_, folder) in processes(tmp_path).items() if folder == wanted), signal.SIGKILL)
