@@ -135,6 +135,7 @@ def test_a_folder_of_another_run(tmp_path):
     assert list(plan("--algos", "sac", "--set", "tau", 0.5, "--run-dir", tmp_path)) == [folder.name]
 
 
+@pytest.mark.slow
 def test_more_than_any_machine_has(tmp_path):
     status, out, err = finish(start(*SAC, "--run-dir", tmp_path, "--gpus", 1000))
     assert status == 1 and "asks for 1000 GPUs" in err and "Traceback" not in err
