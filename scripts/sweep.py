@@ -224,7 +224,7 @@ def execute(run, cwd):
     import fcntl  # here, so that --dry-run and the messages work on any system
 
     run.folder.mkdir(parents=True, exist_ok=True)
-    with open(run.folder / "sweep.lock", "w") as lock, open(run.folder / "log.txt", "ab") as log:
+    with open(run.folder / "sweep.lock", "w") as lock:
         while True:  # what is left of a run whose worker was lost may live on for a while
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,11 +233,11 @@ def execute(run, cwd):
                 time.sleep(0.5)
         if run.done():
             return 0
-        log.write(f"$ {shlex.join(run.command())}\n".encode())
-        log.flush()
-        # The process inherits the lock, which lasts until both of us are gone.
-        files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": [lock.fileno()]}
-        return subprocess.run(run.command(), cwd=cwd, **files).returncode
+        with open(run.folder / "log.txt", "ab", buffering=0) as log:
+            log.write(f"$ {shlex.join(run.command())}\n".encode())
+            # The process inherits the lock, which lasts until both of us are gone.
+            files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": [lock.fileno()]}
+            return subprocess.run(run.command(), cwd=cwd, **files).returncode
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------

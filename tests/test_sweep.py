@@ -1,5 +1,7 @@
 """scripts/sweep.py on a real Ray: the grid, what is refused, runs that fail, lost machines, a driver that is killed."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -193,6 +195,13 @@ def test_the_shell_of_the_cloud_is_sound():
     assert "file_mounts" not in task
 
 
+def test_storage_without_locks_is_refused(tmp_path, monkeypatch):
+    assert sweep.filesystem(Path("/proc/self")) == "proc" and not sweep.filesystem(tmp_path).startswith("fuse")
+    monkeypatch.setattr(sweep, "filesystem", lambda path: "fuse.blobfuse2")
+    with pytest.raises(SystemExit, match="is on fuse.blobfuse2, whose locks other machines don't see: use NFS"):
+        sweep.connect(sweep.Args(run_dir=tmp_path, ray_address="auto"))
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory):
@@ -299,3 +308,30 @@ def test_a_run_that_fails_and_one_that_is_killed(tmp_path):
     assert "Pendulum-v1__dqn__1 failed (1):" in err and "error: dqn needs" in err
     assert "2 of 4 runs failed" in err and "Traceback" not in err
     assert (tmp_path / "Pendulum-v1__dqn__1" / "log.txt").read_text().count("$ ") == 1
+
+
+def holders(path):
+    """The processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(path):
+                found.add(int(link.parts[2]))
+    return found
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_writer(tmp_path):
+    """Whoever holds the lock is waited for; and a run's own process holds it too, lest it outlive its worker."""
+    path = tmp_path / "Pendulum-v1__sac__1" / "sweep.lock"
+    path.parent.mkdir()
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        driver = start(*SAC, "--run-dir", tmp_path)
+        until(lambda: holders(path) - {os.getpid()})
+        time.sleep(2)
+        assert not processes(tmp_path) and not (path.parent / "log.txt").exists()
+    [process] = until(lambda: processes(tmp_path))
+    assert process in until(lambda: holders(path))
+    status, _, err = finish(driver)
+    assert status == 0, err
