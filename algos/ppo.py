@@ -25,7 +25,7 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.o
     torchrun --nproc-per-node 4 algos/ppo.py --num-envs 8      shares the environments among four processes
 
 Final, 3 seeds and 95 % interval: Hopper-v4, 500k steps, 3368 +- 483; Acrobot-v1, 300k, -78 +- 8; Pendulum-v1, 200k,
--169 +- 54. Best on CartPole-v1 by 30k: 500 in 10 of 10.
+-169 +- 54. Best on CartPole-v1 by 30k: 500 in 10 of 10. Hopper-v4 at 1285 steps/s where SB3 makes 658.
 
 Metrics, means over the last epoch: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl from old to
 new, policy/clip_frac, how often (4) was clipped; episode/*, training episodes as they end; eval/*, deterministic
