@@ -369,7 +369,7 @@ def main(args):
             print(shlex.join(run.command()), "# done" * run.done())
         return
     todo = sum(not run.done() for run in runs)
-    print(f"{len(runs)} runs in {args.run_dir}, {len(runs) - todo} of them done", flush=True)
+    print(f"{args.run_dir}: {len(runs)} in all, {len(runs) - todo} done", flush=True)
     if not todo:
         return
     connect(args)

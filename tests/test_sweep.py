@@ -225,13 +225,13 @@ def as_calm(folder, calm):
 def test_a_sweep_and_again(calm):
     """Runs are done in the end, with logs; the same command starts nothing, a longer one resumes, a seed is added."""
     folder, out = calm
-    assert "3 runs in" in out and out.count("  done  evaluation ") == 3
+    assert "3 in all, 0 done" in out and out.count("  done  evaluation ") == 3
     log = (folder / "Pendulum-v1__sac__1" / "log.txt").read_text()
     assert log.startswith("$ ") and "step 3000 of 3000: return" in log
     assert json.loads((folder / "Pendulum-v1__sac__1" / "config.json").read_text())["args"]["threads"] == 1
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     status, out, _ = finish(start(*SAC, "--seeds", 0, 1, 2, "--run-dir", folder))
-    assert status == 0 and "3 of them done" in out
+    assert status == 0 and "3 in all, 3 done" in out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
