@@ -38,7 +38,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +88,7 @@ class Run(NamedTuple):
 
     def done(self):
         """Whether it got to its end."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             return json.loads((self.folder / "result.json").read_bytes())["step"] >= self.total
         return False
 
@@ -119,12 +121,12 @@ def read_grids(args):
     """The grids that are asked for: dicts with algos, envs, seeds and set, which is [(flag, values as texts)]."""
     if not args.file:
         return [{"algos": args.algos, "envs": args.envs, "seeds": args.seeds, "set": [(s[0], s[1:]) for s in args.set]}]
-    if args.algos or args.envs or args.set:
-        sys.exit(f"error: {args.file} says what to run: leave out --algos, --envs and --set")
+    if (args.algos, args.envs, args.seeds, args.set) != ((), (), (1,), ()):
+        sys.exit(f"error: {args.file} says what to run: leave out --algos, --envs, --seeds and --set")
     try:
         text = args.file.read_text()
         content = tomllib.loads(text) if args.file.suffix == ".toml" else yaml.safe_load(text)
-        grids = [{"envs": [], "seeds": list(args.seeds), "set": {}} | grid for grid in content.get("grid", [content])]
+        grids = [{"envs": [], "seeds": 1, "set": {}} | grid for grid in content.get("grid", [content])]
         for grid in grids:
             if unknown := grid.keys() - {"algos", "envs", "seeds", "set"}:
                 sys.exit(f"error: {args.file} has {', '.join(sorted(unknown))}: a grid has algos, envs, seeds and set")
@@ -194,20 +196,22 @@ def plan(args):
                 run = Run(folder, tuple(argv), parsed.total_timesteps, ALGOS[algo])
                 if runs.setdefault(folder, run) != run:
                     sys.exit(f"error: two runs would share {folder}: set exp-name in one of the grids")
-                check(run, parsed)
+                check_env(algo, parsed.env_id)
+                check_folder(run, parsed)
     return list(runs.values())
 
 
-environments = {}  # those that check has made, and what came of it
+@cache
+def check_env(algo, env_id):
+    """Whether there is such an environment, of which an algorithm can observe something."""
+    try:
+        load(algo).make_env(load(algo).Args(env_id=env_id)).close()
+    except (gym.error.Error, ImportError) as error:
+        sys.exit(f"error: no environment {env_id}: {error}")
 
 
-def check(run, parsed):
-    """Whether the environment exists, and what the folder holds already is of the same run."""
-    if parsed.env_id not in environments:
-        try:
-            environments[parsed.env_id] = load(run.path.stem).make_env(parsed).close()
-        except (gym.error.Error, ImportError) as error:
-            sys.exit(f"error: no environment {parsed.env_id}: {error}")
+def check_folder(run, parsed):
+    """Whether what the folder holds already, if anything, is of the same run."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         saved = json.loads((run.folder / "config.json").read_bytes())["args"]
         ours = json.loads(json.dumps(vars(parsed)))
@@ -301,6 +305,7 @@ def connect(args):
     """Start Ray on this machine, or join the cluster."""
     if args.ray_address and (kind := filesystem(args.run_dir)).startswith("fuse"):
         sys.exit(f"error: {args.run_dir} is on {kind}, whose locks other machines don't see: use NFS")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of 15, which would yield to whatever else runs here
     try:
         ray.init(args.ray_address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -315,46 +320,48 @@ def connect(args):
 
 
 def drive(args, runs):
-    """Run what is not done -> {run: state}, and the last lines of the log of each run that failed."""
-    began, states, tries = (
-        time.time(),
-        {run: "done" if run.done() else "waiting" for run in runs},
-        dict.fromkeys(runs, 0),
-    )
+    """Run what is not done -> {run: state}."""
+    began, tries, tasks = time.time(), Counter(), {}
+    states = {run: "done" if run.done() else "waiting" for run in runs}
     task = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)(execute)
-    tasks = {task.remote(run, os.getcwd()): run for run in runs if states[run] == "waiting"}
     console = Console()
 
-    def told(run, state, more=""):
+    def submit(run):
+        tries[run] += 1
+        tasks[task.remote(run, os.getcwd())] = run, time.time()
+
+    def tell(run, state, more=""):
         """Note a state; without a terminal, on a line of its own."""
         states[run] = state
         done = sum(state == "done" for state in states.values())
         not console.is_terminal and print(f"{done}/{len(runs)}  {run.folder.name}  {state}{more}", flush=True)
 
+    for run in runs:
+        states[run] == "waiting" and submit(run)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while tasks:
             ready, _ = ray.wait(list(tasks), timeout=1)
             for reference in ready:
-                run = tasks.pop(reference)
+                run, _ = tasks.pop(reference)
                 try:
                     status = ray.get(reference)
                 except ray.exceptions.RayTaskError as error:  # the disk is full, or the file is not on that machine
                     status = str(error.cause)
                 except ray.exceptions.RayError:  # the worker or its machine is gone
                     status = "lost"
+                killed = status == "lost" or isinstance(status, int) and status < 0
                 if status == 0 and run.done():
-                    _, _, steps, rate, returned, _ = row(run, "done")
-                    told(run, "done", f"  evaluation {returned or '-'}  {rate} steps/s")
-                elif (status == "lost" or isinstance(status, int) and status < 0) and tries[run] < args.retries:
-                    tries[run] += 1
-                    tasks[task.remote(run, os.getcwd())] = run
-                    told(run, f"waiting (lost, try {tries[run] + 1})")
+                    _, _, _, rate, returned, _ = row(run, "done")
+                    tell(run, "done", f"  evaluation {returned or '-'}  {rate} steps/s")
+                elif killed and tries[run] <= args.retries:
+                    submit(run)
+                    tell(run, f"waiting (lost, try {tries[run]})")
                 else:
-                    told(run, f"failed ({status})")
-            for run in tasks.values():
+                    tell(run, f"failed ({status})")
+            for run, since in tasks.values():
                 log = run.folder / "log.txt"
-                if states[run].startswith("waiting") and log.exists() and log.stat().st_mtime > began:
-                    told(run, states[run].replace("waiting", "running"))
+                if states[run].startswith("waiting") and log.exists() and log.stat().st_mtime > since:
+                    tell(run, states[run].replace("waiting", "running"))
             if console.is_terminal:
                 live.update(picture(states, began), refresh=True)
     console.is_terminal and console.print(picture(states, began))

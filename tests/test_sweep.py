@@ -23,6 +23,7 @@ AZURE = ROOT / "scripts" / "azure"
 SAC = """--algos sac --envs Pendulum-v1 --set total-timesteps 3000 --set learning-starts 200 --set hidden "16 16"
     --set batch-size 16 --set buffer-size 5000 --set eval-every 500 --set eval-episodes 1 --set checkpoint-every 500"""
 SAC = sweep.shlex.split(SAC)
+os.environ["RAY_worker_niceness"] = "0"  # in the cluster that is started here, as in one that a sweep starts
 
 
 def start(*flags):
