@@ -27,13 +27,13 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.o
 Final, 3 seeds and 95 % interval: Hopper-v4, 500k steps, 3368 +- 483; Acrobot-v1, 300k, -78 +- 8; Pendulum-v1, 200k,
 -169 +- 54. Best on CartPole-v1 by 30k: 500 in 10 of 10. Hopper-v4 at 1285 steps/s where SB3 makes 658.
 
-Metrics, means over the last epoch: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl from old to
-new, policy/clip_frac, how often (4) was clipped; episode/*, training episodes as they end; eval/*, deterministic
-episodes; speed/sps, environment steps a second since the run began, everything included.
+Metrics, over the rollout once it is learnt from: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl
+from old to new, policy/clip_frac, how often w is clipped; episode/*, training episodes as they end; eval/*,
+deterministic episodes; speed/sps, environment steps a second since the run began, everything included.
 
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
- 2. Advantages are normalised in each minibatch, which makes `clip_coef` and the learning rate fit any reward.
+ 2. Advantages are normalised over the rollout, which makes the learning rate fit any reward.
  3. Observations and rewards are normalised by running statistics, moved only between rollouts: old and new
     probabilities of (3) see the same s. They are saved with the policy and stand still in evaluation.
  4. A minibatch takes equally from every environment, so that ranks can share it.
@@ -82,7 +82,7 @@ class Args:
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # weight of the later steps in the advantage
     clip_coef: float = 0.2  # how far the ratio of probabilities may leave 1
-    norm_adv: bool = True  # normalise the advantages of each minibatch
+    norm_adv: bool = True  # normalise the advantages of a rollout
     ent_coef: float = 0.0  # weight of the entropy
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # norm that gradients are clipped to
@@ -101,7 +101,7 @@ class Args:
     threads: int = 1  # CPU threads of torch
     run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # go on from the last checkpoint in --run-dir
-    eval_every: int = 10_000  # steps between evaluations; 0 for none, not even at the end
+    eval_every: int = 50_000  # steps between evaluations; 0 for none, not even at the end
     eval_episodes: int = 10  # episodes in an evaluation
     checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
@@ -243,10 +243,9 @@ def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda):
     return torch.from_numpy(advantage).to(delta.device)
 
 
-def policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """(3), (4): all [B] -> scalar."""
-    ratio = (log_prob - old_log_prob).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage).mean()
+def policy_loss(log_ratio, advantage, clip_coef):
+    """(4): log w [B], advantage [B] -> scalar. Where clipping w makes a difference, it leaves A + clip_coef |A|."""
+    return -torch.minimum(log_ratio.exp() * advantage, advantage + clip_coef * advantage.abs()).mean()
 
 
 def value_loss(value, target):
@@ -272,8 +271,12 @@ class Agent(nn.Module):
         """obs [..., O], normalised -> V(s) [...]."""
         return self.critic(obs).squeeze(-1)
 
-    def log_prob(self, distribution, action):
-        return distribution.log_prob(action[..., 0] if self.actor.discrete else action)
+    def log_prob(self, policy, action):
+        """log pi(a | s) [...]; that of a Gaussian written out, since the library's takes twice as many operations."""
+        if self.actor.discrete:
+            return policy.log_prob(action[..., 0])
+        z = (action - policy.mean) / policy.stddev
+        return -0.5 * z.square().sum(-1) - self.actor.log_std.sum() - 0.5 * math.log(2 * math.pi) * action.shape[-1]
 
     @torch.no_grad()
     def prepare(self, obs, action, reward, terminated, ended, next_obs):
@@ -285,24 +288,35 @@ class Agent(nn.Module):
         next_value, (gamma, gae_lambda) = self.value(next_obs), (self.args.gamma, self.args.gae_lambda)
         advantage = gae(reward, value, next_value, terminated, ended, gamma, gae_lambda)
         log_prob = self.log_prob(self.actor(obs), action)
-        return torch.cat((obs, action, torch.stack((log_prob, advantage, advantage + value), -1)), -1)
+        weight = standardize(advantage) if self.args.norm_adv else advantage
+        return torch.cat((obs, action, torch.stack((log_prob, weight, advantage + value), -1)), -1)
 
-    def update(self, batch):
-        """A gradient step of everything, on rows (s, a, log pi(a | s), A, R) [B, O + A + 3]; returns scalar tensors."""
+    def losses(self, batch):
+        """Of rows (s, a, log pi(a | s), A, R) [B, O + A + 3]: (4), (5), log w [B], V(s) [B] and the policy there."""
         obs, action, *rest = batch.split(self.columns, -1)
         old_log_prob, advantage, target = (x[:, 0] for x in rest)
-        advantage = standardize(advantage) if self.args.norm_adv else advantage
-        distribution, value = self.actor(obs), self.value(obs)
-        log_prob, entropy = self.log_prob(distribution, action), distribution.entropy().mean()
-        loss_pi = policy_loss(log_prob, old_log_prob, advantage, self.args.clip_coef)  # (4)
-        loss_v = value_loss(value, target)  # (5)
-        loss = loss_pi + self.args.vf_coef * loss_v - self.args.ent_coef * entropy
+        policy, value = self.actor(obs), self.value(obs)
+        log_ratio = self.log_prob(policy, action) - old_log_prob  # (3)
+        loss_pi = policy_loss(log_ratio, advantage, self.args.clip_coef)
+        return loss_pi, value_loss(value, target), log_ratio, value, policy
+
+    def update(self, batch):
+        """A gradient step of everything on a minibatch of rows, as `losses` takes them."""
+        loss_pi, loss_v, _, _, policy = self.losses(batch)
+        loss = loss_pi + self.args.vf_coef * loss_v
+        if self.args.ent_coef:
+            loss = loss - self.args.ent_coef * policy.entropy().mean()
         self.optimizer.descend(loss, self.args.max_grad_norm)  # (6)
-        log_ratio = (log_prob - old_log_prob).detach()
-        metrics = {"loss/policy": loss_pi, "loss/value": loss_v, "value/mean": value.mean(), "policy/entropy": entropy}
+
+    @torch.no_grad()
+    def measure(self, rows):
+        """What there is to log of a rollout of rows, as `losses` takes them: scalar tensors."""
+        loss_pi, loss_v, log_ratio, value, policy = self.losses(rows)
+        metrics = {"loss/policy": loss_pi, "loss/value": loss_v, "value/mean": value.mean()}
+        metrics["policy/entropy"] = policy.entropy().mean()
         metrics["policy/kl"] = (log_ratio.expm1() - log_ratio).mean()
         metrics["policy/clip_frac"] = (log_ratio.expm1().abs() > self.args.clip_coef).float().mean()
-        return {name: x.detach() for name, x in metrics.items()}
+        return {name: mean_over_ranks(x) for name, x in metrics.items()}
 
 
 # ==== plumbing: the same text in every file ===========================================================================
@@ -338,9 +352,7 @@ def make_env(args, film=None):
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
-    if film:
-        env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode % args.eval_episodes == 0)
-    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
+    env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -370,8 +382,9 @@ class Run:
         versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
-        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0):
+        films = args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
+        self.eval_envs = [make_env(args, film) for film in films]
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_envs[0].spec.max_episode_steps or 0):
             print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
         self.mirror = lambda row: None
         if args.track == "tensorboard":
@@ -413,11 +426,9 @@ class Run:
         """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
         new = self.dir / f"{name}.new"
         try:
-            with open(new, "wb") as file:
-                torch.save(content, file) if name.endswith(".pt") else file.write(
-                    json.dumps(content, indent=1).encode()
-                )
-                os.fsync(file.fileno())
+            with open(new, "wb") as f:
+                torch.save(content, f) if name.endswith(".pt") else f.write(json.dumps(content, indent=1).encode())
+                os.fsync(f.fileno())
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
             sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
@@ -467,17 +478,22 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.last |= row
 
-    def observe(self, next_obs, reward, info):
-        """Log the episodes that ended; return the true next observations [N, O], where next_obs has those of resets."""
-        true_obs, ended = next_obs.copy(), np.flatnonzero(info.get("_final_obs", []))
-        for i in ended:
-            true_obs[i] = info["final_obs"][i]
-        if not np.isfinite(np.column_stack((true_obs, next_obs, reward)).astype(np.float32)).all():
+    def reset(self, envs, seeds):
+        """Begin an episode in each environment -> observations [N, O]."""
+        return np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+
+    def interact(self, envs, actions):
+        """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
+        steps = [env.step(action) for env, action in zip(envs, actions)]
+        true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
+        if not np.isfinite(np.column_stack((true_obs, reward)).astype(np.float32)).all():
             sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        for i in ended:
-            episode = info["final_info"]["episode"]
-            self.log({"episode/return": episode["r"][i], "episode/length": episode["l"][i]})
-        return true_obs
+        obs, ended = true_obs.copy(), terminated | truncated
+        for i in np.flatnonzero(ended):
+            obs[i], _ = envs[i].reset()
+            episode = steps[i][4]["episode"]
+            self.log({"episode/return": episode["r"], "episode/length": episode["l"]})
+        return obs, reward, terminated, ended, true_obs
 
     def seeds(self, n, stream=0):
         """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
@@ -509,7 +525,7 @@ class Follower(Run):
     def __init__(self, args, actor, parts):
         self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
         self.step, self.last, self.began, self.interrupted = 0, {}, time.monotonic(), False
-        self.eval_env, self.metrics = make_env(args), open(os.devnull, "ab")
+        self.eval_envs, self.metrics = [], open(os.devnull, "ab")
 
     def steps(self, stride):
         self.stride = stride
@@ -538,14 +554,15 @@ def join(run):
 
 # ==== end of plumbing =================================================================================================
 def evaluate(run):
-    """--eval-episodes deterministic episodes, in an environment and from seeds of their own."""
-    episodes = []
-    run.args.capture_video and run.eval_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
-    for seed in run.seeds(run.args.eval_episodes, stream=1):
-        obs, info = run.eval_env.reset(seed=seed)
-        while "episode" not in info:  # where the statistics stand at its end
-            obs, _, _, _, info = run.eval_env.step(run.actor.act(obs))
-        episodes.append((info["episode"]["r"], info["episode"]["l"]))
+    """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
+    run.args.capture_video and run.eval_envs[0].set_wrapper_attr("name_prefix", f"step-{run.step}")
+    obs = {env: env.reset(seed=seed)[0] for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1))}
+    while obs:  # those under way
+        for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
+            obs[env], _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                del obs[env]
+    episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
     (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
     best = max(mean, run.last.get("eval/best", mean))
     run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
@@ -593,33 +610,29 @@ def train(args):
         fits = [m for m in range(1, args.num_steps + 1) if args.num_steps % m == 0]
         sys.exit(f"error: --num-minibatches {args.num_minibatches} must divide --num-steps {args.num_steps}: {fits} do")
     stride, n = args.num_steps * args.num_envs, args.num_envs // RANKS
-    if args.norm_adv and stride == args.num_minibatches:
-        sys.exit(f"error: --num-minibatches {args.num_minibatches} leaves one step in each, which cannot be normalised")
     args = replace(args, total_timesteps=math.ceil(args.total_timesteps / stride) * stride)
-    envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * n, autoreset_mode="SameStep")
-    space, mine = envs.single_action_space, slice(RANK * n, RANK * n + n)
+    envs = [make_env(args) for _ in range(n)]
+    space, mine = envs[0].action_space, slice(RANK * n, RANK * n + n)
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
         box = int(space.n), None, None
     elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
         box = space.shape[0], space.low.tolist(), space.high.tolist()
     else:
         sys.exit(f"error: {ALGO} needs actions Discrete(n) or in a flat Box of floats, and {args.env_id} has {space}")
-    agent = Agent(args, envs.single_observation_space.shape[0], *box, device)
+    agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
     run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent, "optimizer": agent.optimizer})
-    if RANKS > 1:
-        join(run)
+    RANKS > 1 and join(run)
     update = torch.compile(agent.update) if args.compile else agent.update
     update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" and RANKS == 1 else update
 
-    (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
+    obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
     for step in run.steps(stride):
         # Collect a rollout: rows (s, a, r, d, whether the episode ended, its discounted rewards so far, s').
         rows, noise = [], agent.actor.noise(args.num_steps, args.num_envs)[:, mine]
         choose = agent.actor.in_numpy()
         for t, run.step in enumerate(range(step - stride + args.num_envs, step + 1, args.num_envs)):
             action, to_env = choose(obs, noise[t])
-            next_obs, reward, terminated, truncated, info = envs.step(to_env)
-            true_obs, ended = run.observe(next_obs, reward, info), terminated | truncated  # s'
+            next_obs, reward, terminated, ended, true_obs = run.interact(envs, to_env)  # of which true_obs is s'
             returns = args.gamma * returns + reward
             rows.append(np.column_stack((obs, action, reward, terminated, ended, returns, true_obs)))
             obs, returns = next_obs, returns * ~ended
@@ -632,13 +645,13 @@ def train(args):
         rows = agent.prepare(s, a, r[..., 0], d[..., 0], e[..., 0], next_s).flatten(0, 1)
         rate = args.learning_rate * (1 - args.anneal_lr * (step - stride) / run.total)
         agent.optimizer.param_groups[0]["lr"].fill_(rate)
-        for epoch in range(args.update_epochs):
-            order, sums = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine], {}
-            for index in (order * n + torch.arange(n)).to(device).chunk(args.num_minibatches):
-                sums = {name: sums.get(name, 0) + x for name, x in update(rows[index.flatten()]).items()}
-            metrics = {name: mean_over_ranks(x) / args.num_minibatches for name, x in sums.items()}
-            if args.target_kl and metrics["policy/kl"] > args.target_kl:
+        for _ in range(args.update_epochs):
+            order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
+            for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):
+                update(batch)
+            if args.target_kl and agent.measure(rows)["policy/kl"] > args.target_kl:
                 break
+        metrics = agent.measure(rows)
         if args.norm_obs:
             agent.actor.normalize.update(s)
 
@@ -649,9 +662,9 @@ def train(args):
         run.interrupted = bool(mean_over_ranks(torch.tensor(float(run.interrupted), device=device)))
         if run.interrupted or run.due(args.checkpoint_every):
             run.save()
-            (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
+            obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
     run.write("result.json", run.last)
-    run.eval_env.close()
+    [env.close() for env in run.eval_envs]
     run.metrics.close()
     return run.last
 

@@ -261,9 +261,7 @@ def make_env(args, film=None):
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
-    if film:
-        env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode % args.eval_episodes == 0)
-    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
+    env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -293,8 +291,9 @@ class Run:
         versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
-        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0):
+        films = args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
+        self.eval_envs = [make_env(args, film) for film in films]
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_envs[0].spec.max_episode_steps or 0):
             print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
         self.mirror = lambda row: None
         if args.track == "tensorboard":
@@ -336,11 +335,9 @@ class Run:
         """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
         new = self.dir / f"{name}.new"
         try:
-            with open(new, "wb") as file:
-                torch.save(content, file) if name.endswith(".pt") else file.write(
-                    json.dumps(content, indent=1).encode()
-                )
-                os.fsync(file.fileno())
+            with open(new, "wb") as f:
+                torch.save(content, f) if name.endswith(".pt") else f.write(json.dumps(content, indent=1).encode())
+                os.fsync(f.fileno())
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
             sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
@@ -390,17 +387,22 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.last |= row
 
-    def observe(self, next_obs, reward, info):
-        """Log the episodes that ended; return the true next observations [N, O], where next_obs has those of resets."""
-        true_obs, ended = next_obs.copy(), np.flatnonzero(info.get("_final_obs", []))
-        for i in ended:
-            true_obs[i] = info["final_obs"][i]
-        if not np.isfinite(np.column_stack((true_obs, next_obs, reward)).astype(np.float32)).all():
+    def reset(self, envs, seeds):
+        """Begin an episode in each environment -> observations [N, O]."""
+        return np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+
+    def interact(self, envs, actions):
+        """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
+        steps = [env.step(action) for env, action in zip(envs, actions)]
+        true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
+        if not np.isfinite(np.column_stack((true_obs, reward)).astype(np.float32)).all():
             sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        for i in ended:
-            episode = info["final_info"]["episode"]
-            self.log({"episode/return": episode["r"][i], "episode/length": episode["l"][i]})
-        return true_obs
+        obs, ended = true_obs.copy(), terminated | truncated
+        for i in np.flatnonzero(ended):
+            obs[i], _ = envs[i].reset()
+            episode = steps[i][4]["episode"]
+            self.log({"episode/return": episode["r"], "episode/length": episode["l"]})
+        return obs, reward, terminated, ended, true_obs
 
     def seeds(self, n, stream=0):
         """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
@@ -409,14 +411,15 @@ class Run:
 
 # ==== end of plumbing =================================================================================================
 def evaluate(run):
-    """--eval-episodes deterministic episodes, in an environment and from seeds of their own."""
-    episodes = []
-    run.args.capture_video and run.eval_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
-    for seed in run.seeds(run.args.eval_episodes, stream=1):
-        obs, info = run.eval_env.reset(seed=seed)
-        while "episode" not in info:  # where the statistics stand at its end
-            obs, _, _, _, info = run.eval_env.step(run.actor.act(obs))
-        episodes.append((info["episode"]["r"], info["episode"]["l"]))
+    """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
+    run.args.capture_video and run.eval_envs[0].set_wrapper_attr("name_prefix", f"step-{run.step}")
+    obs = {env: env.reset(seed=seed)[0] for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1))}
+    while obs:  # those under way
+        for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
+            obs[env], _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                del obs[env]
+    episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
     (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
     best = max(mean, run.last.get("eval/best", mean))
     run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
@@ -454,12 +457,12 @@ def train(args):
     """Run TD3 as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
     above_0 = "buffer_size batch_size utd policy_lr q_lr tau hidden policy_frequency"
     device = start(args, above_0, "learning_starts exploration_noise policy_noise noise_clip", "gamma tau")
-    envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * args.num_envs, autoreset_mode="SameStep")
-    space, n = envs.single_action_space, args.num_envs
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    space, n = envs[0].action_space, args.num_envs
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
     if not flat or not all(0 < width < math.inf for width in space.high - space.low):
         sys.exit(f"error: {ALGO} needs actions in a flat Box of floats with two bounds, not {space}: try ppo or dqn")
-    agent = Agent(args, *envs.single_observation_space.shape, space.low.tolist(), space.high.tolist(), device)
+    agent = Agent(args, *envs[0].observation_space.shape, space.low.tolist(), space.high.tolist(), device)
     size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
     memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
     parts = {name: getattr(agent, name) for name in ("actor_optimizer", "critic_optimizer")}
@@ -469,15 +472,14 @@ def train(args):
     if args.cuda_graph and device.type == "cuda":
         update = {delayed: CudaGraph(graph) for delayed, graph in update.items()}
 
-    (obs, _), metrics = envs.reset(seed=run.seeds(n)), {}
+    obs, metrics = run.reset(envs, run.seeds(n)), {}
     for step in run.steps(n):
         # Act. Step t has row t mod capacity, so the memory needs no counters.
         if step <= args.learning_starts:
             action = torch.lerp(agent.actor.low.cpu(), agent.actor.high.cpu(), torch.rand(n, *space.shape)).numpy()
         else:
             action = agent.actor.act(obs, deterministic=False)
-        next_obs, reward, terminated, truncated, info = envs.step(action)
-        true_obs = run.observe(next_obs, reward, info)  # s'
+        next_obs, reward, terminated, _, true_obs = run.interact(envs, action)  # of which true_obs is s'
         rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
         memory[(step - n) % len(memory) :][:n] = torch.from_numpy(rows)
         obs = next_obs
@@ -495,9 +497,9 @@ def train(args):
             evaluate(run)
         if run.interrupted or run.due(args.checkpoint_every):
             run.save()
-            (obs, _), metrics = envs.reset(seed=run.seeds(n)), {}
+            obs, metrics = run.reset(envs, run.seeds(n)), {}
     run.write("result.json", run.last)
-    run.eval_env.close()
+    [env.close() for env in run.eval_envs]
     run.metrics.close()
     return run.last
 

@@ -31,8 +31,8 @@ Kakade 2001, "A Natural Policy Gradient", which is --natural-gradient: the step 
 Final, 3 seeds and 95 % interval: Hopper-v4, 500k steps, 2948 +- 1628. Best on CartPole-v1 by 30k: 500 in 10 of 10.
 
 Metrics: loss/policy, -L after the step; policy/entropy before it, policy/kl from old to new; policy/step, the 0.8^j
-of (7), 0 where no j would do; loss/value (8) and value/mean, means over the last epoch; episode/*, training episodes
-as they end; eval/*, deterministic episodes; speed/sps, environment steps a second since the run began.
+of (7), 0 where no j would do; loss/value (8) and value/mean before the rollout is learnt from; episode/*, training
+episodes as they end; eval/*, deterministic episodes; speed/sps, environment steps a second since the run began.
 
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
@@ -103,7 +103,7 @@ class Args:
     threads: int = 1  # CPU threads of torch
     run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # go on from the last checkpoint in --run-dir
-    eval_every: int = 10_000  # steps between evaluations; 0 for none, not even at the end
+    eval_every: int = 50_000  # steps between evaluations; 0 for none, not even at the end
     eval_episodes: int = 10  # episodes in an evaluation
     checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
@@ -252,8 +252,7 @@ def surrogate(log_prob, old_log_prob, advantage):
 
 def flat_gradient(y, parameters, **options):
     """The gradient of a scalar, averaged over the ranks: [P]."""
-    gradients = torch.autograd.grad(y, parameters, **options)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(y, parameters, **options)])
 
 
 def fisher_product(kl, parameters, damping):
@@ -296,8 +295,12 @@ class Agent(nn.Module):
         """obs [..., O], normalised -> V(s) [...]."""
         return self.critic(obs).squeeze(-1)
 
-    def log_prob(self, distribution, action):
-        return distribution.log_prob(action[..., 0] if self.actor.discrete else action)
+    def log_prob(self, policy, action):
+        """log pi(a | s) [...]; that of a Gaussian written out, since the library's takes twice as many operations."""
+        if self.actor.discrete:
+            return policy.log_prob(action[..., 0])
+        z = (action - policy.mean) / policy.stddev
+        return -0.5 * z.square().sum(-1) - self.actor.log_std.sum() - 0.5 * math.log(2 * math.pi) * action.shape[-1]
 
     @torch.no_grad()
     def prepare(self, obs, action, reward, terminated, ended, next_obs):
@@ -313,7 +316,7 @@ class Agent(nn.Module):
 
     def improve(self, batch):
         """A step of the policy on a rollout of rows (s, a, A, R) [B, O + A + 2]; returns tensors to log."""
-        obs, action, advantage, _ = batch.split(self.columns, -1)
+        obs, action, advantage, target = batch.split(self.columns, -1)
         args, parameters = self.args, [*self.actor.parameters()]
         with torch.no_grad():
             old = self.actor(obs)
@@ -338,15 +341,14 @@ class Agent(nn.Module):
             if args.natural_gradient or scale == 0 or (after > before and kl <= args.target_kl):
                 break
         metrics = {"loss/policy": -after, "policy/entropy": old.entropy().mean(), "policy/kl": kl}
-        return metrics | {"policy/step": torch.tensor(scale)}
+        value = self.value(obs).detach()
+        metrics |= {"loss/value": value_loss(value, target[:, 0]), "value/mean": value.mean()}
+        return {name: mean_over_ranks(x) for name, x in metrics.items()} | {"policy/step": torch.tensor(scale)}
 
     def update(self, batch):
-        """A gradient step of the value function on rows (s, a, A, R) [B, O + A + 2]; returns scalar tensors."""
+        """A gradient step of the value function on rows (s, a, A, R) [B, O + A + 2]."""
         obs, _, _, target = batch.split(self.columns, -1)
-        value = self.value(obs)
-        loss = value_loss(value, target[:, 0])
-        self.critic_optimizer.descend(loss)  # (4)
-        return {"loss/value": loss.detach(), "value/mean": value.detach().mean()}
+        self.critic_optimizer.descend(value_loss(self.value(obs), target[:, 0]))  # (8)
 
 
 # ==== plumbing: the same text in every file ===========================================================================
@@ -382,9 +384,7 @@ def make_env(args, film=None):
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
     if env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
-    if film:
-        env = gym.wrappers.RecordVideo(env, str(film), lambda episode: episode % args.eval_episodes == 0)
-    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
+    env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -414,8 +414,9 @@ class Run:
         versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        self.eval_env = make_env(args, film=args.capture_video and self.dir / "videos")
-        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_env.unwrapped.spec.max_episode_steps or 0):
+        films = args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
+        self.eval_envs = [make_env(args, film) for film in films]
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_envs[0].spec.max_episode_steps or 0):
             print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
         self.mirror = lambda row: None
         if args.track == "tensorboard":
@@ -457,11 +458,9 @@ class Run:
         """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
         new = self.dir / f"{name}.new"
         try:
-            with open(new, "wb") as file:
-                torch.save(content, file) if name.endswith(".pt") else file.write(
-                    json.dumps(content, indent=1).encode()
-                )
-                os.fsync(file.fileno())
+            with open(new, "wb") as f:
+                torch.save(content, f) if name.endswith(".pt") else f.write(json.dumps(content, indent=1).encode())
+                os.fsync(f.fileno())
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
             sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
@@ -511,17 +510,22 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.last |= row
 
-    def observe(self, next_obs, reward, info):
-        """Log the episodes that ended; return the true next observations [N, O], where next_obs has those of resets."""
-        true_obs, ended = next_obs.copy(), np.flatnonzero(info.get("_final_obs", []))
-        for i in ended:
-            true_obs[i] = info["final_obs"][i]
-        if not np.isfinite(np.column_stack((true_obs, next_obs, reward)).astype(np.float32)).all():
+    def reset(self, envs, seeds):
+        """Begin an episode in each environment -> observations [N, O]."""
+        return np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+
+    def interact(self, envs, actions):
+        """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
+        steps = [env.step(action) for env, action in zip(envs, actions)]
+        true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
+        if not np.isfinite(np.column_stack((true_obs, reward)).astype(np.float32)).all():
             sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        for i in ended:
-            episode = info["final_info"]["episode"]
-            self.log({"episode/return": episode["r"][i], "episode/length": episode["l"][i]})
-        return true_obs
+        obs, ended = true_obs.copy(), terminated | truncated
+        for i in np.flatnonzero(ended):
+            obs[i], _ = envs[i].reset()
+            episode = steps[i][4]["episode"]
+            self.log({"episode/return": episode["r"], "episode/length": episode["l"]})
+        return obs, reward, terminated, ended, true_obs
 
     def seeds(self, n, stream=0):
         """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
@@ -553,7 +557,7 @@ class Follower(Run):
     def __init__(self, args, actor, parts):
         self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
         self.step, self.last, self.began, self.interrupted = 0, {}, time.monotonic(), False
-        self.eval_env, self.metrics = make_env(args), open(os.devnull, "ab")
+        self.eval_envs, self.metrics = [], open(os.devnull, "ab")
 
     def steps(self, stride):
         self.stride = stride
@@ -582,14 +586,15 @@ def join(run):
 
 # ==== end of plumbing =================================================================================================
 def evaluate(run):
-    """--eval-episodes deterministic episodes, in an environment and from seeds of their own."""
-    episodes = []
-    run.args.capture_video and run.eval_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
-    for seed in run.seeds(run.args.eval_episodes, stream=1):
-        obs, info = run.eval_env.reset(seed=seed)
-        while "episode" not in info:  # where the statistics stand at its end
-            obs, _, _, _, info = run.eval_env.step(run.actor.act(obs))
-        episodes.append((info["episode"]["r"], info["episode"]["l"]))
+    """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
+    run.args.capture_video and run.eval_envs[0].set_wrapper_attr("name_prefix", f"step-{run.step}")
+    obs = {env: env.reset(seed=seed)[0] for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1))}
+    while obs:  # those under way
+        for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
+            obs[env], _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                del obs[env]
+    episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
     (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
     best = max(mean, run.last.get("eval/best", mean))
     run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
@@ -638,31 +643,29 @@ def train(args):
         sys.exit(f"error: --num-minibatches {args.num_minibatches} must divide --num-steps {args.num_steps}: {fits} do")
     stride, n = args.num_steps * args.num_envs, args.num_envs // RANKS
     args = replace(args, total_timesteps=math.ceil(args.total_timesteps / stride) * stride)
-    envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * n, autoreset_mode="SameStep")
-    space, mine = envs.single_action_space, slice(RANK * n, RANK * n + n)
+    envs = [make_env(args) for _ in range(n)]
+    space, mine = envs[0].action_space, slice(RANK * n, RANK * n + n)
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
         box = int(space.n), None, None
     elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
         box = space.shape[0], space.low.tolist(), space.high.tolist()
     else:
         sys.exit(f"error: {ALGO} needs actions Discrete(n) or in a flat Box of floats, and {args.env_id} has {space}")
-    agent = Agent(args, envs.single_observation_space.shape[0], *box, device)
+    agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
     parts = {"agent": agent, "critic_optimizer": agent.critic_optimizer}
     run = (Run if RANK == 0 else Follower)(args, agent.actor, parts)
-    if RANKS > 1:
-        join(run)
+    RANKS > 1 and join(run)
     update = torch.compile(agent.update) if args.compile else agent.update
     update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" and RANKS == 1 else update
 
-    (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
+    obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
     for step in run.steps(stride):
         # Collect a rollout: rows (s, a, r, d, whether the episode ended, its discounted rewards so far, s').
         rows, noise = [], agent.actor.noise(args.num_steps, args.num_envs)[:, mine]
         choose = agent.actor.in_numpy()
         for t, run.step in enumerate(range(step - stride + args.num_envs, step + 1, args.num_envs)):
             action, to_env = choose(obs, noise[t])
-            next_obs, reward, terminated, truncated, info = envs.step(to_env)
-            true_obs, ended = run.observe(next_obs, reward, info), terminated | truncated  # s'
+            next_obs, reward, terminated, ended, true_obs = run.interact(envs, to_env)  # of which true_obs is s'
             returns = args.gamma * returns + reward
             rows.append(np.column_stack((obs, action, reward, terminated, ended, returns, true_obs)))
             obs, returns = next_obs, returns * ~ended
@@ -675,10 +678,9 @@ def train(args):
         rows = agent.prepare(s, a, r[..., 0], d[..., 0], e[..., 0], next_s).flatten(0, 1)
         metrics = agent.improve(rows)
         for _ in range(args.update_epochs):
-            order, sums = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine], {}
-            for index in (order * n + torch.arange(n)).to(device).chunk(args.num_minibatches):
-                sums = {name: sums.get(name, 0) + x for name, x in update(rows[index.flatten()]).items()}
-            metrics |= {name: mean_over_ranks(x) / args.num_minibatches for name, x in sums.items()}
+            order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
+            for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):
+                update(batch)
         if args.norm_obs:
             agent.actor.normalize.update(s)
 
@@ -689,9 +691,9 @@ def train(args):
         run.interrupted = bool(mean_over_ranks(torch.tensor(float(run.interrupted), device=device)))
         if run.interrupted or run.due(args.checkpoint_every):
             run.save()
-            (obs, _), returns = envs.reset(seed=run.seeds(args.num_envs)[mine]), np.zeros(n)
+            obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
     run.write("result.json", run.last)
-    run.eval_env.close()
+    [env.close() for env in run.eval_envs]
     run.metrics.close()
     return run.last
 

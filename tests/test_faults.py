@@ -109,7 +109,6 @@ def test_bad_flags_where_actions_are_continuous(path, tmp_path, monkeypatch, cap
         ("dqn", "--start-e 1.5", ["--start-e", "0 to 1"]),
         ("dqn", "--buffer-size 1000000000000", ["Unable to allocate", "(1000000000000, "]),
         ("dqn", "--target-network-frequency 0", ["--target-network-frequency", "above 0"]),
-        ("ppo", "--num-minibatches 50", ["--num-minibatches 50", "one step"]),
         ("ppo", "--clip-coef 0", ["--clip-coef", "above 0"]),
         ("ppo", "--ent-coef -1", ["--ent-coef", "0 to 1e18"]),
         ("trpo", "--target-kl 0", ["--target-kl", "above 0"]),

@@ -133,15 +133,55 @@ def test_actions_fit_the_box_per_dimension(module):
 def test_the_ppo_loss_by_hand(ppo):
     """Ratios 2, 2, 1/2, 1/2 and advantages of both signs, at clip 0.2."""
     log_ratio = torch.tensor([2.0, 2.0, 0.5, 0.5]).log()
-    loss = ppo.policy_loss(log_ratio, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
+    loss = ppo.policy_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
     assert loss.item() == pytest.approx(-(1.2 - 2 + 0.5 - 0.8) / 4)
 
 
+def test_the_ppo_loss_is_the_papers(ppo):
+    """Clipped as the paper writes it, at random ratios, advantages and clip coefficients."""
+    torch.manual_seed(0)
+    log_ratio, advantage, clip = torch.randn(1000), torch.randn(1000), 0.3
+    ratio = log_ratio.exp()
+    expected = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    torch.testing.assert_close(ppo.policy_loss(log_ratio, advantage, clip), expected)
+
+
 def test_clipped_samples_have_no_gradient(ppo):
-    log_prob = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.0], requires_grad=True)
-    advantage = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
-    ppo.policy_loss(log_prob, torch.zeros(5), advantage, 0.2).backward()
-    assert (log_prob.grad != 0).tolist() == [False, False, True, True, True]
+    log_ratio = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.0], requires_grad=True)
+    ppo.policy_loss(log_ratio, torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0]), 0.2).backward()
+    assert (log_ratio.grad != 0).tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("box", [True, False])
+def test_log_probabilities_are_those_of_the_distribution(module, box):
+    torch.manual_seed(0)
+    bounds = ([-1.0, -1.0], [1.0, 1.0]) if box else (None, None)
+    agent = module.Agent(module.Args(hidden=(8,)), 4, 2 if box else 3, *bounds, torch.device("cpu"))
+    if box:
+        agent.actor.log_std.data = torch.tensor([-1.0, 0.5])
+    policy = agent.actor(torch.randn(5, 6, 4))
+    action = policy.sample()
+    ours = agent.log_prob(policy, action if box else action[..., None])
+    torch.testing.assert_close(ours, policy.log_prob(action))
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.3])
+def test_the_ppo_update_descends_the_sum_of_its_losses(ppo, ent_coef):
+    """(6), whose gradient is the momentum of the optimizer after one step."""
+    torch.manual_seed(0)
+    agent = ppo.Agent(ppo.Args(hidden=(8,), ent_coef=ent_coef), 4, 3, None, None, torch.device("cpu"))
+    obs, action = torch.randn(32, 4), torch.randint(3, (32,))
+    log_prob = agent.actor(obs).log_prob(action).detach() + 0.3 * torch.randn(32)
+    advantage, target = torch.randn(2, 32)
+    policy, value = agent.actor(obs), agent.value(obs)
+    ratio = (policy.log_prob(action) - log_prob).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+    loss = -surrogate + 0.5 * (0.5 * (value - target).square().mean()) - ent_coef * policy.entropy().mean()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.optimizer.views)])
+    gradient *= min(1, 0.5 / gradient.norm().item())
+    agent.update(torch.cat((obs, torch.stack((action, log_prob, advantage, target), -1)), -1))
+    [state] = agent.optimizer.state.values()
+    torch.testing.assert_close(state["exp_avg"], 0.1 * gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_the_gradient_is_clipped_to_its_norm(ppo):
@@ -248,7 +288,7 @@ def test_where_no_step_will_do_the_policy_stays(trpo):
 def test_rows_of_a_minibatch_come_equally_from_every_environment(ppo, tmp_path, monkeypatch):
     """As `train` draws them: each step of the rollout once an epoch, each environment as often as another."""
     seen = []
-    monkeypatch.setattr(ppo.Agent, "update", lambda self, batch: seen.append(batch) or {"loss/policy": torch.zeros(())})
+    monkeypatch.setattr(ppo.Agent, "update", lambda self, batch: seen.append(batch))
     flags = {"num_envs": 3, "num_steps": 8, "num_minibatches": 4, "update_epochs": 2, "hidden": (8,), "eval_every": 0}
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=24, run_dir=str(tmp_path / "run"), norm_obs=False, **flags)
     ppo.train(args)
@@ -342,10 +382,16 @@ def test_the_divergence_is_the_estimator_that_is_never_negative(ppo):
     obs, action, log_ratio = torch.randn(32, 4), torch.randint(3, (32,)), torch.randn(32)
     log_prob = agent.actor(obs).log_prob(action).detach()
     batch = torch.cat((obs, torch.stack((action, log_prob - log_ratio, torch.randn(32), torch.randn(32)), -1)), -1)
-    metrics = agent.update(batch)
+    metrics = agent.measure(batch)
     assert metrics["policy/kl"].item() == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
     clipped = ((log_ratio.exp() - 1).abs() > 0.2).float().mean().item()
     assert metrics["policy/clip_frac"].item() == pytest.approx(clipped)
+
+
+def test_minibatches_of_one_step_teach(module, tmp_path):
+    flags = SMALL_RUN | {"num_minibatches": 20, "total_timesteps": 40}
+    result = module.train(module.Args(env_id="Pendulum-v1", run_dir=str(tmp_path), **flags))
+    assert result["step"] == 40 and np.isfinite(result["loss/value"]) and result["policy/kl"] > 0
 
 
 def test_one_sample_is_standardised_to_zero(module):
