@@ -451,7 +451,7 @@ def train(args):
             action = agent.actor.act(obs, deterministic=False)
         next_obs, reward, terminated, _, true_obs = run.interact(envs, action)  # of which true_obs is s'
         rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
-        memory[(step - n) % len(memory) :][:n] = torch.from_numpy(rows)
+        memory.narrow(0, (step - n) % len(memory), n).copy_(torch.from_numpy(rows))
         obs = next_obs
 
         # Learn: `utd` gradient steps for each step after the random ones.

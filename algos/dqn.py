@@ -110,7 +110,7 @@ class Args:
 
 
 ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "tanh": nn.Tanh(), "elu": nn.ELU(inplace=True), "silu": nn.SiLU()}
-IN_NUMPY = {"relu": lambda x: x.clip(0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
+IN_NUMPY = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
 IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
 
 
@@ -180,6 +180,14 @@ def critic_loss(q, y):
     return nn.functional.smooth_l1_loss(q, y)
 
 
+def descend(optimizer, loss):
+    """One step of `optimizer`."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+    optimizer.step()
+
+
 class Agent(nn.Module):
     """All that learns."""
 
@@ -202,9 +210,7 @@ class Agent(nn.Module):
             y = q_target(reward[:, 0], terminated[:, 0], next_q.gather(-1, choice)[:, 0], self.args.gamma)  # (2), (3)
         q = self.critic(obs).gather(-1, action.long())[:, 0]  # [B]
         loss = critic_loss(q, y)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()  # (4)
+        descend(self.optimizer, loss)  # (4)
         return {"loss/critic": loss.detach(), "value/mean": q.detach().mean()}
 
     @torch.no_grad()
@@ -461,7 +467,7 @@ def train(args):
         action = epsilon_greedy(greedy(obs), epsilon, int(space.n))
         next_obs, reward, terminated, _, true_obs = run.interact(envs, action)  # of which true_obs is s'
         rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
-        memory[(step - n) % len(memory) :][:n] = torch.from_numpy(rows)
+        memory.narrow(0, (step - n) % len(memory), n).copy_(torch.from_numpy(rows))
         obs = next_obs
 
         # Learn, and move the target, each in its own rhythm of steps.

@@ -113,7 +113,7 @@ class Args:
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU}
-IN_NUMPY = {"relu": lambda x: x.clip(0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
+IN_NUMPY = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
 IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
 
 
@@ -187,7 +187,7 @@ class Actor(nn.Module):
         self.net = mlp((obs_dim, *hidden, act_dim), activation, 0.01)
         self.discrete = low is None
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(act_dim))
+            self.log_std = nn.Parameter(torch.full((act_dim,), -0.5))
             low, high = torch.tensor(low), torch.tensor(high)
             bounded = (high - low).isfinite()  # other actions are taken as they are
             self.register_buffer("low", low)
