@@ -1,0 +1,82 @@
+"""scripts/speed.py: what it counts and computes, and a comparison in small."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, load
+
+SCRIPT = ROOT / "scripts" / "speed.py"
+
+
+@pytest.fixture
+def speed():
+    return load(SCRIPT)
+
+
+def call(*flags, cwd):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=500
+    )
+
+
+def measured(who, number, sps, **about):
+    about = {"case": "ppo-hopper", "threads": 1, "num_envs": 1, "device": "cpu", "compile": False} | about
+    return about | ({"bound": sps, "env": 2 * sps} if who == "bound" else {"who": who, "round": number, "sps": sps})
+
+
+def test_medians_and_the_ratio_of_rounds(speed):
+    """The ratio is that within a round, where the machine was the same, and to the peer that is the better one."""
+    rows = [measured("bound", 0, 400)]
+    for number, (ours, sb3, sbx) in enumerate([(100, 50, 10), (200, 110, 20), (30, 10, 25)], 1):
+        rows += [measured("ours", number, ours), measured("sb3", number, sb3), measured("sbx", number, sbx)]
+    [(title, bound, env, speeds, ratios)] = speed.summary(rows)
+    assert (title, bound, env) == ("ppo-hopper, 1 thread", 400, 800)
+    assert speeds == {"ours": (100, 30, 200), "sb3": (50, 10, 110), "sbx": (20, 10, 25)}
+    assert ratios == {"sb3": 2, "sbx": 10}
+    line = "| ppo-hopper, 1 thread | 100 (30 to 200) | 50 (10 to 110) | 20 (10 to 25) | 2.00 | 400 (25%) | 800 (12%) |"
+    assert speed.table(speed.summary(rows)).splitlines()[2] == line
+
+
+def test_every_axis_is_in_the_title_and_sessions_pool(speed):
+    axes = [{}, {"threads": 2}, {"num_envs": 4}, {"device": "cuda", "compile": True}]
+    rows = [row for axis in axes for row in (measured("bound", 0, 9, **axis), measured("ours", 1, 5, **axis))]
+    rows += [measured("bound", 0, 11), measured("ours", 1, 7)]  # a second call, saved into the same file
+    titles = [group[0] for group in speed.summary(rows)]
+    ends = ["1 thread", "2 threads", "1 thread, 4 envs", "1 thread, cuda, compiled"]
+    assert titles == ["ppo-hopper, " + end for end in ends]
+    assert speed.summary(rows)[0][1:] == (10, 20, {"ours": (6, 5, 7)}, {})
+
+
+def test_operations_are_those_counted_by_hand(speed):
+    """DQN, a step in ten learning: a forward pass of both networks, a backward one of one, no gradient for s."""
+    layers = [(4, 128), (128, 128), (128, 2)]
+    forward = sum(2 * 128 * i * o for i, o in layers)
+    backward = forward + sum(2 * 128 * i * o for i, o in layers[1:])
+    case = speed.CASES["dqn-cartpole"]._replace(lengths=(1100, 1300))
+    assert speed.operations(case) == pytest.approx((2 * forward + backward) / 10)
+
+
+@pytest.mark.parametrize("flags, words", [(["--rounds", 0], "above 0"), (["--load", "none.jsonl"], "none.jsonl")])
+def test_bad_input_is_one_sentence(flags, words, tmp_path):
+    done = call(*flags, cwd=tmp_path)
+    assert done.returncode == 1 and words in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_comparison_in_small(speed, tmp_path):
+    """With Stable-Baselines3 where it is installed; its process runs as ours does, and what was saved can be loaded."""
+    flags = ["--cases", "ppo-cartpole", "dqn-cartpole", "--rounds", "1", "--scale", "0.3", "--peers", "sb3"]
+    done = call(*flags, "--save", "s.jsonl", "--output", "one.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    installed = importlib.util.find_spec("stable_baselines3") is not None
+    assert [row["who"] for row in rows if "who" in row] == (["ours", "sb3"] if installed else ["ours"]) * 2
+    assert ("Stable-Baselines3 is not installed, and left out" in done.stderr) != installed
+    assert all(0 < row["sps"] < 1e6 for row in rows if "sps" in row)
+    again = call("--load", "s.jsonl", "--output", "two.png", cwd=tmp_path)
+    assert again.stdout == "".join(line + "\n" for line in done.stdout.splitlines() if line.startswith("|"))
+    assert (tmp_path / "one.png").stat().st_size == (tmp_path / "two.png").stat().st_size > 5000
