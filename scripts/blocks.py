@@ -7,10 +7,13 @@ The plumbing is what stands between the two banner lines. A block is a def, a cl
 level and whole: with the decorators and the comments directly above it, to its last byte. Files need not have the same
 blocks; --write never adds or removes one. --check also wants every line of the plumbing to belong to a block, since it
 would go unguarded, and holds the files to their length.
+
+What is not plumbing has a fingerprint, by which raw curves name the algorithm that made them (scripts/plot.py --save).
 """
 
 import ast
 import difflib
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +76,16 @@ def parse(text):
         if counts[where] > most:
             problems.append(f"{counts[where]} lines {where} of the plumbing; {most} are the most")
     return lines, blocks, problems
+
+
+def fingerprint(text):
+    """Eight hex digits of a file's algorithm: its flags and all up to the plumbing, less the words."""
+    nodes = ast.parse(text[: text.index(BEGIN)]).body
+    first = next(i for i, node in enumerate(nodes) if isinstance(node, ast.ClassDef) and node.name == "Args")
+    for node in (inner for outer in nodes[first:] for inner in ast.walk(outer)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256("".join(map(ast.dump, nodes[first:])).encode()).hexdigest()[:8]
 
 
 def compare(files):

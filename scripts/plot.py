@@ -7,9 +7,10 @@
     python scripts/plot.py runs --value loss/critic --x wall --select Hopper --exclude td3 --output critic.png
 
 A run is a folder with config.json and metrics.jsonl, as algos/ leaves it; one under way is drawn as far as it is. In a
-.jsonl file each line is one point of one run: {"algo": "sac", "env_id": "Hopper-v4", "seed": 1, "step": 5000,
-"eval/return": 123.4}. To --select and --exclude its path is FILE/ENV__ALGO__SEED. Runs of one line have the same
-environment, algorithm and --exp-name; --legend puts the argument they came from in place of the last two.
+.jsonl file each line is one point of one run: {"algo": "sac", "env_id": "Hopper-v4", "seed": 1, "code": "06324270",
+"step": 5000, "eval/return": 123.4}, where code says what the algorithm was at the commit that the run was made at (see
+blocks.py). To --select and --exclude its path is FILE/ENV__ALGO__SEED. Runs of one line have the same environment,
+algorithm and --exp-name; --legend puts the argument they came from in place of the last two.
 
 Each run is smoothed, then the runs of a line are interpolated at all of their steps that lie in the range which every
 one of them covers, and aggregated there. The band is what is known of the mean: its 95 % interval by Student's t, or
@@ -19,6 +20,7 @@ The table gives the mean where the line ends, with its 95 % interval, and the hi
 """
 
 import json
+import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from typing import Literal, NamedTuple
 import matplotlib
 import numpy as np
 import tyro
+from blocks import fingerprint
 from matplotlib.ticker import EngFormatter
 
 matplotlib.use("Agg")
@@ -163,6 +166,15 @@ def brief(number):
     return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
+def code(run):
+    """The fingerprint of the algorithm that made a run, None where its commit is not to be found here."""
+    if not run.config:
+        return run.rows[0].get("code")
+    file = f"{run.config.get('commit')}:algos/{run.config['algo']}.py"
+    shown = subprocess.run(["git", "show", file], cwd=Path(__file__).parent, capture_output=True)
+    return None if shown.returncode else fingerprint(shown.stdout)
+
+
 def collect(args):
     """Find, select, read and smooth the runs: {env id: {label: [(x, y), ...]}}, both in the order of their finding."""
     if args.legend and len(args.legend) != len(args.paths):
@@ -183,7 +195,7 @@ def collect(args):
         if len(x):
             lines[run.env_id][run.label].append((x, smooth(y, args.smooth)))
             seeds[run.env_id, run.label].append(run.seed)
-            of = {"algo": run.label, "env_id": run.env_id, "seed": run.seed}
+            of = {"algo": run.label, "env_id": run.env_id, "seed": run.seed, "code": code(run)}
             at = x.astype(int) if args.x == "step" else x
             raw += [json.dumps(of | {args.x: a, args.value: b}) + "\n" for a, b in zip(at.tolist(), y.tolist())]
         else:

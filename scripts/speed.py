@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,20 +165,20 @@ def best(function, repeats=5):
 
 
 def operations(case):
-    """Floating-point operations in matrix products, per environment step: counted, in a short run and a long one."""
+    """Floating-point operations in matrix products, per environment step: what a longer run counts more of."""
     from torch.utils.flop_counter import FlopCounterMode
 
     spec = importlib.util.spec_from_file_location(case.algo, ALGOS / f"{case.algo}.py")
     module = sys.modules[case.algo] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    counts = []
-    for steps in case.lengths:
+    counts, more = [], max(200, case.rollout * case.num_envs)
+    for steps in (case.lengths[0], case.lengths[0] + more):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             line = command("ours", case, steps, 1, Args(), Path(folder) / "run")
             with FlopCounterMode(display=False) as counter:
                 module.train(tyro.cli(module.Args, args=line[2:]))
             counts.append(counter.get_total_flops())
-    return (counts[1] - counts[0]) / (case.lengths[1] - case.lengths[0])
+    return (counts[1] - counts[0]) / more
 
 
 def product_rate(case, threads, device):
@@ -197,6 +198,7 @@ def product_rate(case, threads, device):
 
 def environment_rate(case):
     """Steps a second of the environment alone, under random actions, at best."""
+    warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     env, steps = gym.make(case.env_id), 2000
     env.action_space.seed(1)
     actions = itertools.cycle([env.action_space.sample() for _ in range(steps)])

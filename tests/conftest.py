@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
+sys.path.append(str(ROOT / "scripts"))  # where a script finds another, as it does when it is run
 
 # Flags that make a run of 600 steps take a second after the imports, and an environment that the algorithm can act in.
 REPLAY = "--learning-starts 200 --hidden 16 16 --batch-size 16 --buffer-size 5000"

@@ -11,7 +11,6 @@ import torch
 import tyro
 from conftest import ALGOS, ROOT, command, load
 
-sys.path.append(str(ROOT / "scripts"))  # where export finds watch
 export = load(ROOT / "scripts" / "export.py")
 
 # Every algorithm, both kinds of actions, a box that is not [-1, 1], and what may stand between two layers.

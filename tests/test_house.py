@@ -1,11 +1,13 @@
 """The house rules: what every file says alike, and the table of known bugs with what stands guard against each."""
 
 import ast
+import json
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from blocks import fingerprint
 from conftest import ALGOS, ROOT
 
 RUN_FLAGS = """env_id exp_name seed total_timesteps num_envs device threads run_dir resume eval_every eval_episodes
@@ -128,3 +130,29 @@ def test_flags_are_annotated_honestly(path):
 def test_nothing_names_the_place_where_it_was_made(folder):
     for file in Path(ROOT / folder).glob("*.py"):
         assert not re.search(r"/(home|root|Users|mnt)/\w", file.read_text().replace("(home|root|Users|mnt)", "")), file
+
+
+def test_results_name_the_algorithm_that_made_them():
+    """What a file's algorithm is no longer is listed in results/README.md, and nothing else is."""
+    now = {path.stem: fingerprint(path.read_bytes()) for path in ALGOS}
+    stale = set()
+    for file in (ROOT / "results").glob("*.jsonl"):
+        for row in map(json.loads, file.read_text().splitlines()):
+            if "algo" in row and row.get("code") != now[row["algo"]]:
+                stale.add((file.name, row["algo"]))
+    listed = re.findall(r"^\* `(.+)`: (.+)$", (ROOT / "results" / "README.md").read_text(), re.M)
+    assert stale == {(file, algo) for file, algos in listed for algo in algos.split(", ")}
+
+
+def test_the_fingerprint_is_of_the_algorithm_and_of_no_words():
+    text = (ROOT / "algos" / "ppo.py").read_text()
+    same = [
+        text.replace('"""(5): value', '"""Equation five: value'),
+        text.replace("  # of policy and value function", "  # of both"),
+        text.replace("    return run.last\n", "    return {}\n"),
+        text.replace("import json\n", "import json\nimport abc\n", 1),
+    ]
+    other = [text.replace(a, b) for a, b in (("= 3e-4", "= 2e-4"), ("torch.minimum", "torch.maximum"), ("-0.5)", "0)"))]
+    assert len({text, *same, *other}) == 8
+    prints = [fingerprint(x.encode()) for x in (text, *same, *other)]
+    assert len({*prints[:5]}) == 1 and len({*prints}) == 4

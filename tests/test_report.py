@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, load
 
-sys.path.append(str(ROOT / "scripts"))  # where report finds plot, as it does when it is run
 report = load(ROOT / "scripts" / "report.py")
 LABEL = "</script><script>alert(1)</script>"
 
