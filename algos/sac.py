@@ -264,9 +264,9 @@ def make_env(args, film=None):
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
-    if env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
+    env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
     env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
+    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -297,8 +297,8 @@ class Run:
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
         films = args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
-        self.eval_envs = [make_env(args, film) for film in films]
-        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_envs[0].spec.max_episode_steps or 0):
+        self.eval_envs = [make_env(args, film) for film in (films if args.eval_every else films[:1])]
+        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_envs[0].unwrapped.spec.max_episode_steps or 0):
             print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
         self.mirror = lambda row: None
         if args.track == "tensorboard":
@@ -400,11 +400,11 @@ class Run:
         """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
         steps = [env.step(action) for env, action in zip(envs, actions)]
         true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
-        if not np.isfinite(np.column_stack((true_obs, reward)).astype(np.float32)).all():
+        ended = np.logical_or(terminated, truncated)
+        obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
+        if not np.isfinite(np.column_stack((true_obs, obs, reward)).astype(np.float32)).all():
             sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        obs, ended = true_obs.copy(), terminated | truncated
         for i in np.flatnonzero(ended):
-            obs[i], _ = envs[i].reset()
             episode = steps[i][4]["episode"]
             self.log({"episode/return": episode["r"], "episode/length": episode["l"]})
         return obs, reward, terminated, ended, true_obs
@@ -422,8 +422,8 @@ def evaluate(run):
     while obs:  # those under way
         for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
             obs[env], _, terminated, truncated, _ = env.step(action)
-            if terminated or truncated:
-                del obs[env]
+            (terminated or truncated) and obs.pop(env)
+    run.args.capture_video and run.eval_envs[0].get_wrapper_attr("stop_recording")()
     episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
     (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
     best = max(mean, run.last.get("eval/best", mean))

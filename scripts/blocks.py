@@ -82,10 +82,18 @@ def fingerprint(text):
     """Eight hex digits of a file's algorithm: its flags and all up to the plumbing, less the words."""
     nodes = ast.parse(text[: text.index(BEGIN)]).body
     first = next(i for i, node in enumerate(nodes) if isinstance(node, ast.ClassDef) and node.name == "Args")
-    for node in (inner for outer in nodes[first:] for inner in ast.walk(outer)):
+
+    def bare(node):
+        """A syntax tree as nested lists, without docstrings and without what is empty, which depends on the version."""
+        if isinstance(node, list):
+            return [bare(item) for item in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
-    return hashlib.sha256("".join(map(ast.dump, nodes[first:])).encode()).hexdigest()[:8]
+        return [type(node).__name__] + [[k, bare(v)] for k, v in ast.iter_fields(node) if v is not None and v != []]
+
+    return hashlib.sha256(repr(bare(nodes[first:])).encode()).hexdigest()[:8]
 
 
 def compare(files):

@@ -7,7 +7,7 @@
     python scripts/plot.py runs --value loss/critic --x wall --select Hopper --exclude td3 --output critic.png
 
 A run is a folder with config.json and metrics.jsonl, as algos/ leaves it; one under way is drawn as far as it is. In a
-.jsonl file each line is one point of one run: {"algo": "sac", "env_id": "Hopper-v4", "seed": 1, "code": "06324270",
+.jsonl file each line is one point of one run: {"algo": "sac", "env_id": "Hopper-v4", "seed": 1, "code": "2db56e58",
 "step": 5000, "eval/return": 123.4}, where code says what the algorithm was at the commit that the run was made at (see
 blocks.py). To --select and --exclude its path is FILE/ENV__ALGO__SEED. Runs of one line have the same environment,
 algorithm and --exp-name; --legend puts the argument they came from in place of the last two.
@@ -171,7 +171,10 @@ def code(run):
     if not run.config:
         return run.rows[0].get("code")
     file = f"{run.config.get('commit')}:algos/{run.config['algo']}.py"
-    shown = subprocess.run(["git", "show", file], cwd=Path(__file__).parent, capture_output=True)
+    try:
+        shown = subprocess.run(["git", "show", file], cwd=Path(__file__).parent, capture_output=True)
+    except FileNotFoundError:  # no git
+        return None
     return None if shown.returncode else fingerprint(shown.stdout)
 
 
@@ -195,7 +198,7 @@ def collect(args):
         if len(x):
             lines[run.env_id][run.label].append((x, smooth(y, args.smooth)))
             seeds[run.env_id, run.label].append(run.seed)
-            of = {"algo": run.label, "env_id": run.env_id, "seed": run.seed, "code": code(run)}
+            of = {"algo": run.label, "env_id": run.env_id, "seed": run.seed, "code": args.save and code(run)}
             at = x.astype(int) if args.x == "step" else x
             raw += [json.dumps(of | {args.x: a, args.value: b}) + "\n" for a, b in zip(at.tolist(), y.tolist())]
         else:

@@ -110,7 +110,7 @@ class Args:
     device: str = "cpu"  # cpu or cuda
     compile: bool = False  # torch.compile our update
     rounds: int = 3  # times that everyone is timed
-    scale: float = 1.0  # of the lengths: more steps, less noise
+    scale: float = 1.0  # of the steps that are timed: more of them, less noise
     save: Path | None = None  # append what was measured to this .jsonl file
     load: tuple[Path, ...] = ()  # show what these files hold, and time nothing
     output: Path = Path("speed.png")  # the figure
@@ -150,7 +150,8 @@ def seconds(who, case, steps, threads, args):
         )
         took = time.perf_counter() - began
     if done.returncode:
-        sys.exit(f"error: {NAMES[who]} failed at {case.algo}: {done.stderr.decode().strip().splitlines()[-1]}")
+        last = ["killed", *done.stderr.decode().strip().splitlines()][-1]
+        sys.exit(f"error: {NAMES[who]} failed at {case.algo}: {last}")
     return took
 
 
@@ -171,7 +172,8 @@ def operations(case):
     spec = importlib.util.spec_from_file_location(case.algo, ALGOS / f"{case.algo}.py")
     module = sys.modules[case.algo] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    counts, more = [], max(200, case.rollout * case.num_envs)
+    whole = case.rollout * case.num_envs
+    counts, more = [], math.ceil(200 / whole) * whole
     for steps in (case.lengths[0], case.lengths[0] + more):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             line = command("ours", case, steps, 1, Args(), Path(folder) / "run")
@@ -213,6 +215,17 @@ def environment_rate(case):
     return steps / best(stepping)
 
 
+def lengthen(case, num_envs, scale):
+    """The case with so many environments and as many updates a step, its second length scaled, both whole rollouts."""
+    (short, long), theirs, (rows, columns) = case.lengths, case.theirs, case.product
+    if case.rollout > 1:  # minibatches are parts of it
+        rows = rows * num_envs // case.num_envs
+        theirs = theirs and theirs | {"batch_size": theirs["batch_size"] * num_envs // case.num_envs}
+    whole = case.rollout * num_envs
+    lengths = [math.ceil(n / whole) * whole for n in (short, short + scale * (long - short))]
+    return case._replace(num_envs=num_envs, lengths=lengths, theirs=theirs, product=(rows, columns))
+
+
 def measure(args):
     """Time all contestants of all cases -> rows for `summary`, each of which is saved as soon as it is there."""
     peers = [peer for peer in args.peers if importlib.util.find_spec(PEERS[peer])]
@@ -228,10 +241,7 @@ def measure(args):
                 file.write(json.dumps(row) + "\n")
 
     for name, threads, num_envs in itertools.product(args.cases, args.threads, args.num_envs or (None,)):
-        case = CASES[name]
-        case = case._replace(num_envs=num_envs or case.num_envs)
-        whole = case.rollout * case.num_envs
-        case = case._replace(lengths=[math.ceil(n * args.scale / whole) * whole for n in case.lengths])
+        case = lengthen(CASES[name], num_envs or CASES[name].num_envs, args.scale)
         about = {"case": name, "threads": threads, "num_envs": case.num_envs}
         about |= {"device": args.device, "compile": args.compile}
         with cores(threads):
@@ -319,8 +329,8 @@ def main(args):
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"error: --device {args.device}, and torch sees no GPU here")
     try:
-        rows = [json.loads(line) for path in args.load for line in path.read_text().splitlines()] or measure(args)
-        groups = summary(rows)
+        loaded = [json.loads(line) for path in args.load for line in path.read_text().splitlines()]
+        groups = summary(loaded if args.load else measure(args))
         print(table(groups))
         draw(groups, args.output)
     except (OSError, ValueError, KeyError) as error:

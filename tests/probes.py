@@ -64,6 +64,14 @@ class Reused(Marker):
         return self.array
 
 
+class Numbers(Blind):
+    """Says with numbers, not booleans, that an episode is over."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, int(terminated), int(truncated), info
+
+
 class Broken(Probe):
     """Sound for 300 steps, then `what` is not a number."""
 
@@ -80,6 +88,10 @@ class Broken(Probe):
         if bad and self.what == "observation":
             obs = obs * np.nan
         return obs, np.nan if bad and self.what == "reward" else reward, terminated, truncated, info
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs * np.nan if self.steps >= 300 and self.what == "reset" else obs, info
 
 
 class Odd(gym.Env):
@@ -119,6 +131,8 @@ for name, make in {
     "Reused": partial(Reused, length=7, ends=False),
     "BadReward": partial(Broken, "reward"),
     "BadObservation": partial(Broken, "observation"),
+    "BadReset": partial(Broken, "reset"),
+    "Numbers": partial(Numbers, length=5, ends=False),
     "Endless": partial(Probe, length=10**9),
     "Image": partial(Odd, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),
     "Dict": partial(Odd, gym.spaces.Dict({"a": BOX}), BOX),

@@ -137,10 +137,10 @@ def test_bad_flags_on_policy(path, tmp_path, monkeypatch, capsys, flags, words):
 
 
 @every
-@pytest.mark.parametrize("what", ["Reward", "Observation"])
-def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_path, what):
+@pytest.mark.parametrize("what, step", [("Reward", 301), ("Observation", 301), ("Reset", 300)])
+def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_path, what, step):
     process = run(path, "--env-id", f"probes:{probe(path, f'Bad{what}')}", "--run-dir", tmp_path / "run", env=TESTS)
-    refused(process, "not finite", "step 301", "reward or observation")
+    refused(process, "not finite", f"step {step}", "reward or observation")
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["run"][0] == 200
     assert all(value.isfinite().all() for value in state["agent"].values())

@@ -287,12 +287,21 @@ def test_where_no_step_will_do_the_policy_stays(trpo):
 
 def test_rows_of_a_minibatch_come_equally_from_every_environment(ppo, tmp_path, monkeypatch):
     """As `train` draws them: each step of the rollout once an epoch, each environment as often as another."""
-    seen = []
+    seen, prepare = [], ppo.Agent.prepare
+
+    def numbered(self, *rollout):
+        rows = prepare(self, *rollout)
+        rows[..., 0] = torch.arange(3.0)  # the environment
+        return rows
+
+    monkeypatch.setattr(ppo.Agent, "prepare", numbered)
     monkeypatch.setattr(ppo.Agent, "update", lambda self, batch: seen.append(batch))
     flags = {"num_envs": 3, "num_steps": 8, "num_minibatches": 4, "update_epochs": 2, "hidden": (8,), "eval_every": 0}
     args = ppo.Args(env_id="Pendulum-v1", total_timesteps=24, run_dir=str(tmp_path / "run"), norm_obs=False, **flags)
     ppo.train(args)
-    assert len(seen) == 8 and all(len(batch) == 6 for batch in seen)
+    assert len(seen) == 8
+    for batch in seen:
+        assert sorted(batch[:, 0].tolist()) == [0, 0, 1, 1, 2, 2]
     for epoch in (seen[:4], seen[4:]):
         assert len({tuple(row) for batch in epoch for row in batch.tolist()}) == 24
 
@@ -400,9 +409,10 @@ def test_one_sample_is_standardised_to_zero(module):
     assert values.mean().abs() < 1e-6 and values.std(correction=0).item() == pytest.approx(1)
 
 
-def test_rewards_are_scaled_by_sums_that_stop_at_cuts(module, tmp_path):
+@pytest.mark.parametrize("env", ["Cut", "Numbers"])
+def test_rewards_are_scaled_by_sums_that_stop_at_cuts(module, env, tmp_path):
     """Reward 1, cut at 5 steps, gamma 0.9: the sums are 1, 1.9, .. 4.0951, also where a rollout ends in between."""
-    args = module.Args(env_id="probe/Cut-v0", total_timesteps=60, gamma=0.9, run_dir=str(tmp_path), **SMALL_RUN)
+    args = module.Args(env_id=f"probe/{env}-v0", total_timesteps=60, gamma=0.9, run_dir=str(tmp_path), **SMALL_RUN)
     args.num_steps = 12
     module.train(args)
     agent = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]

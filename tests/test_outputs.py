@@ -37,6 +37,9 @@ def test_an_episode_of_every_evaluation_is_filmed(path, tmp_path):
     assert process.returncode == 0, process.stderr
     videos = sorted(file.name for file in (tmp_path / "run" / "videos").glob("*.mp4"))
     assert [int(re.match(r"step-(\d+)-", name).group(1)) for name in videos] == [200, 400, 600]
+    # And at once: before the checkpoint that follows the evaluation.
+    film, checkpoint = tmp_path / "run" / "videos" / videos[1], tmp_path / "run" / "checkpoint.prev.pt"
+    assert film.stat().st_mtime < checkpoint.stat().st_mtime
 
 
 @two

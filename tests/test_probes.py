@@ -122,6 +122,15 @@ def test_the_temperature_finds_the_target_entropy(path, tmp_path, target):
     assert -log_prob.mean().item() == pytest.approx(target, abs=0.15)
 
 
+def test_observations_outlive_the_steps_of_other_environments(sac):
+    """Also where all of a kind write into one array."""
+    one, other = (sac.make_env(sac.Args(env_id="probe/Reused-v0")) for _ in range(2))
+    obs, _ = one.reset(seed=0)
+    other.reset(seed=0)
+    other.step(np.zeros(1, np.float32))
+    assert obs.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("env", ["Marker", "Reused"])
 @pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
