@@ -318,7 +318,7 @@ def draw(groups, path):
     axes.axvline(1, color="#444444", lw=1)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(0.9, 0))
     figure.savefig(path, dpi=150)
 
 
