@@ -652,8 +652,7 @@ def train(args):
             if args.target_kl and agent.measure(rows)["policy/kl"] > args.target_kl:
                 break
         metrics = agent.measure(rows)
-        if args.norm_obs:
-            agent.actor.normalize.update(s)
+        args.norm_obs and agent.actor.normalize.update(s)
 
         # Report, and make it safe.
         run.log(metrics | {"speed/sps": step / (time.monotonic() - run.began)})

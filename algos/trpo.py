@@ -31,14 +31,13 @@ Kakade 2001, "A Natural Policy Gradient", which is --natural-gradient: the step 
 Final, 3 seeds and 95 % interval: Hopper-v4, 500k steps, 2948 +- 1628. Best on CartPole-v1 by 30k: 500 in 10 of 10.
 
 Metrics: loss/policy, -L after the step; policy/entropy before it, policy/kl from old to new; policy/step, the 0.8^j
-of (7), 0 where no j would do; loss/value (8) and value/mean before the rollout is learnt from; episode/*, training
-episodes as they end; eval/*, deterministic episodes; speed/sps, environment steps a second since the run began.
+of (7), 0 where no j would do; loss/value (8) and value/mean of the last minibatch; episode/*, training episodes as
+they end; eval/*, deterministic episodes; speed/sps, environment steps a second since the run began.
 
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
  2. Advantages are normalised over the rollout: that changes neither the direction nor the length of (6).
- 3. Observations and rewards are normalised by running statistics, moved only between rollouts: acting and learning
-    see the same s. They are saved with the policy and stand still in evaluation.
+ 3. Observations and rewards are normalised by running statistics, which are the policy's and move between rollouts.
  4. (4) differentiates the divergence itself twice: no approximation by sampled gradients, and no matrix either.
  5. The policy steps first: a value function that had seen the rollout would explain its advantages away.
  6. A minibatch takes equally from every environment, so that ranks can share it.
@@ -316,7 +315,7 @@ class Agent(nn.Module):
 
     def improve(self, batch):
         """A step of the policy on a rollout of rows (s, a, A, R) [B, O + A + 2]; returns tensors to log."""
-        obs, action, advantage, target = batch.split(self.columns, -1)
+        obs, action, advantage, _ = batch.split(self.columns, -1)
         args, parameters = self.args, [*self.actor.parameters()]
         with torch.no_grad():
             old = self.actor(obs)
@@ -341,14 +340,15 @@ class Agent(nn.Module):
             if args.natural_gradient or scale == 0 or (after > before and kl <= args.target_kl):
                 break
         metrics = {"loss/policy": -after, "policy/entropy": old.entropy().mean(), "policy/kl": kl}
-        value = self.value(obs).detach()
-        metrics |= {"loss/value": value_loss(value, target[:, 0]), "value/mean": value.mean()}
-        return {name: mean_over_ranks(x) for name, x in metrics.items()} | {"policy/step": torch.tensor(scale)}
+        return metrics | {"policy/step": torch.tensor(scale, device=kl.device)}
 
     def update(self, batch):
-        """A gradient step of the value function on rows (s, a, A, R) [B, O + A + 2]."""
+        """A gradient step of the value function on rows (s, a, A, R) [B, O + A + 2]; returns scalar tensors."""
         obs, _, _, target = batch.split(self.columns, -1)
-        self.critic_optimizer.descend(value_loss(self.value(obs), target[:, 0]))  # (8)
+        value = self.value(obs)
+        loss = value_loss(value, target[:, 0])
+        self.critic_optimizer.descend(loss)  # (8)
+        return {"loss/value": loss.detach(), "value/mean": value.detach().mean()}
 
 
 # ==== plumbing: the same text in every file ===========================================================================
@@ -680,9 +680,9 @@ def train(args):
         for _ in range(args.update_epochs):
             order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
             for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):
-                update(batch)
-        if args.norm_obs:
-            agent.actor.normalize.update(s)
+                metrics |= update(batch)
+        metrics = {name: mean_over_ranks(x) for name, x in metrics.items()}
+        args.norm_obs and agent.actor.normalize.update(s)
 
         # Report, and make it safe.
         run.log(metrics | {"speed/sps": step / (time.monotonic() - run.began)})

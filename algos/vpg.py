@@ -26,15 +26,14 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Adv
 
 CartPole-v1, best evaluation: 500 by 30k steps in 10 of 10 seeds. MuJoCo has not been measured yet.
 
-Metrics: loss/policy (3) and policy/entropy before the step, policy/kl from old to new; loss/value (4) and value/mean on
-the rollout before it is learnt from; episode/*, training episodes as they end; eval/*, deterministic episodes;
-speed/sps, environment steps a second since the run began, everything included.
+Metrics: loss/policy (3) and policy/entropy before the step, policy/kl from old to new; loss/value (4) and value/mean of
+the last minibatch; episode/*, training episodes as they end; eval/*, deterministic episodes; speed/sps, environment
+steps a second since the run began, everything included.
 
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
  2. Advantages are normalised over the rollout, which makes the learning rate fit any reward.
- 3. Observations and rewards are normalised by running statistics, moved only between rollouts: acting and learning
-    see the same s. They are saved with the policy and stand still in evaluation.
+ 3. Observations and rewards are normalised by running statistics, which are the policy's and move between rollouts.
  4. The policy steps first: a value function that had seen the rollout would explain its advantages away.
  5. A minibatch takes equally from every environment, so that ranks can share it.
  6. The policy's last layer starts at a hundredth of its size, and its spread in a box at 0.6 half widths, not 1.
@@ -286,20 +285,21 @@ class Agent(nn.Module):
 
     def improve(self, batch):
         """A gradient step of the policy on a rollout of rows (s, a, A, R) [B, O + A + 2]; returns scalar tensors."""
-        obs, action, advantage, target = batch.split(self.columns, -1)
+        obs, action, advantage, _ = batch.split(self.columns, -1)
         old = self.actor(obs)
         loss = policy_loss(self.log_prob(old, action), advantage[:, 0])
         self.actor_optimizer.descend(loss)  # (3)
         with torch.no_grad():
-            kl, value = kl_divergence(old, self.actor(obs)).mean(), self.value(obs)
-            metrics = {"loss/policy": loss.detach(), "policy/entropy": old.entropy().mean(), "policy/kl": kl}
-            metrics |= {"loss/value": value_loss(value, target[:, 0]), "value/mean": value.mean()}
-            return {name: mean_over_ranks(x) for name, x in metrics.items()}
+            kl = kl_divergence(old, self.actor(obs)).mean()
+            return {"loss/policy": loss.detach(), "policy/entropy": old.entropy().mean(), "policy/kl": kl}
 
     def update(self, batch):
-        """A gradient step of the value function on rows (s, a, A, R) [B, O + A + 2]."""
+        """A gradient step of the value function on rows (s, a, A, R) [B, O + A + 2]; returns scalar tensors."""
         obs, _, _, target = batch.split(self.columns, -1)
-        self.critic_optimizer.descend(value_loss(self.value(obs), target[:, 0]))  # (4)
+        value = self.value(obs)
+        loss = value_loss(value, target[:, 0])
+        self.critic_optimizer.descend(loss)  # (4)
+        return {"loss/value": loss.detach(), "value/mean": value.detach().mean()}
 
 
 # ==== plumbing: the same text in every file ===========================================================================
@@ -631,9 +631,9 @@ def train(args):
         for _ in range(args.update_epochs):
             order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
             for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):
-                update(batch)
-        if args.norm_obs:
-            agent.actor.normalize.update(s)
+                metrics |= update(batch)
+        metrics = {name: mean_over_ranks(x) for name, x in metrics.items()}
+        args.norm_obs and agent.actor.normalize.update(s)
 
         # Report, and make it safe.
         run.log(metrics | {"speed/sps": step / (time.monotonic() - run.began)})

@@ -150,6 +150,7 @@ def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_
 def test_a_loss_that_diverges_stops_the_run(path, tmp_path):
     rates = {"dqn": "--learning-rate", "ppo": "--learning-rate", "trpo": "--vf-lr", "vpg": "--vf-lr"}
     flags = [rates.get(path.stem, "--q-lr"), "1e18", "--total-timesteps", "2000", "--checkpoint-every", "5000"]
+    flags += ["--hidden", "256", "256"]  # the square of 1e18 times so many is beyond float32
     refused(run(path, *flags, "--run-dir", tmp_path / "run"), "not finite", "learning rates")
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         assert "NaN" not in line and "Infinity" not in line
