@@ -1,6 +1,6 @@
 """Time the files of algos/ against their peers, in one run, in turns, with the same hyperparameters.
 
-    python scripts/speed.py                                      every case, three rounds, one thread: half an hour
+    python scripts/speed.py                                      every case, three rounds, one thread
     python scripts/speed.py --cases sac-hopper --threads 1 2     an axis: everyone with one thread, then with two
     python scripts/speed.py --cases td3-hopper --num-envs 1 4    and with one environment, then with four
     python scripts/speed.py --device cuda --compile              on CUDA, where ours are captured as graphs
@@ -330,7 +330,9 @@ def main(args):
         sys.exit(f"error: --device {args.device}, and torch sees no GPU here")
     try:
         loaded = [json.loads(line) for path in args.load for line in path.read_text().splitlines()]
-        groups = summary(loaded if args.load else measure(args))
+        if args.load and not loaded:
+            sys.exit(f"error: {args.load[0]} holds no measurement: give what --save has written")
+        groups = summary(loaded or measure(args))
         print(table(groups))
         draw(groups, args.output)
     except (OSError, ValueError, KeyError) as error:

@@ -59,8 +59,21 @@ def test_operations_are_those_counted_by_hand(speed):
     assert speed.operations(case) == pytest.approx((2 * forward + backward) / 10)
 
 
-@pytest.mark.parametrize("flags, words", [(["--rounds", 0], "above 0"), (["--load", "none.jsonl"], "none.jsonl")])
+def test_more_environments_change_no_update(speed):
+    """As many updates a step as with one, in minibatches as large a part of a rollout; the short run stays."""
+    ppo = speed.lengthen(speed.CASES["ppo-hopper"], 4, 0.5)
+    assert ppo.theirs["batch_size"] == 4 * 64 and ppo.product == (256, 64) and ppo.lengths == [8192, 16384]
+    sac = speed.lengthen(speed.CASES["sac-hopper"], 4, 0.5)
+    assert sac.theirs["batch_size"] == 256 and sac.product == (256, 256) and sac.lengths == [1100, 1600]
+    assert speed.lengthen(speed.CASES["trpo-hopper"], 1, 1).theirs is None
+
+
+WRONG = [(["--rounds", 0], "above 0"), (["--load", "none.jsonl"], "none.jsonl"), (["--load", "empty.jsonl"], "--save")]
+
+
+@pytest.mark.parametrize("flags, words", WRONG)
 def test_bad_input_is_one_sentence(flags, words, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
     done = call(*flags, cwd=tmp_path)
     assert done.returncode == 1 and words in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
