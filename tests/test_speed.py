@@ -82,12 +82,12 @@ def test_bad_input_is_one_sentence(flags, words, tmp_path):
 @pytest.mark.slow
 def test_a_comparison_in_small(speed, tmp_path):
     """With Stable-Baselines3 where it is installed; its process runs as ours does, and what was saved can be loaded."""
-    flags = ["--cases", "ppo-cartpole", "dqn-cartpole", "--rounds", "1", "--scale", "0.3", "--peers", "sb3"]
+    flags = ["--cases", "dqn-cartpole", "--rounds", "1", "--peers", "sb3"]  # ten seconds longer than what noise hides
     done = call(*flags, "--save", "s.jsonl", "--output", "one.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     installed = importlib.util.find_spec("stable_baselines3") is not None
-    assert [row["who"] for row in rows if "who" in row] == (["ours", "sb3"] if installed else ["ours"]) * 2
+    assert [row["who"] for row in rows if "who" in row] == (["ours", "sb3"] if installed else ["ours"])
     assert ("Stable-Baselines3 is not installed, and left out" in done.stderr) != installed
     assert all(0 < row["sps"] < 1e6 for row in rows if "sps" in row)
     again = call("--load", "s.jsonl", "--output", "two.png", cwd=tmp_path)
