@@ -237,6 +237,7 @@ def start(args, above_0, at_least_0, at_most_1):
         sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
     device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
     torch.manual_seed(args.seed)
     return device
 
@@ -245,8 +246,7 @@ def make_env(args, film=None):
     """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
-    if film and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    film and sys.platform == "linux" and not os.environ.get("DISPLAY") and os.environ.setdefault("MUJOCO_GL", "egl")
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")

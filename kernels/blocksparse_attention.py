@@ -38,14 +38,15 @@ compute seven there, two of them twice, so that no sum depends on the order of p
 density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
-the best of 12 (90 %: of 5) beside dense SDPA in turn, on a machine whose speed varies by a third from minute to minute:
+the best of 12 (with backward: of 8) beside dense SDPA in turn, on a machine whose speed varies by half from minute to
+minute: in five more such runs, 8.3 to 9.9 and 7.9 to 10.9 times dense at 5 %, 4.0 to 4.6 and 3.9 to 4.9 at 12.3 %:
 
     density      forward    times dense       with backward    times dense
-       5.0 %       28 ms        9.3 x              128 ms          6.9 x
-      12.3 %       80 ms        3.3 x              263 ms          3.6 x
-      24.6 %      145 ms        2.1 x              571 ms          2.0 x
-      89.9 %      528 ms       0.59 x             1606 ms         0.65 x
-     100   %      294 ms       0.96 x             1385 ms         0.97 x
+       5.0 %       39 ms        8.6 x              119 ms          8.0 x
+      12.3 %       76 ms        4.2 x              271 ms          4.6 x
+      24.6 %      168 ms        2.1 x              526 ms          2.0 x
+      89.9 %      500 ms       0.63 x             1746 ms         0.64 x
+     100   %      322 ms       0.97 x             1212 ms         0.97 x
 
 No GPU has been at hand: the kernels are checked in Triton's interpreter. For the table of your machine, run the file.
 
@@ -378,20 +379,21 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
             live &= j * b < ((i + 1) * b).clamp(max=Sq) + shift
         head, entry, i, j, stop, partial = (x[live] for x in (head, entry, i, j, stop, partial))
 
-    # Sorted by row, whole blocks first; rows sorted by their number of blocks, of masked ones.
+    # Rows in the order of their number of blocks, of masked ones; the blocks of a row together, whole ones first.
     q_block, k_block = head * Qb + i, (head // H * K + head % H // (H // K)) * Kb + j
     row, block, R = (k_block, q_block, B * K * Kb) if by_key else (q_block, k_block, B * H * Qb)
-    by_row = (row * 2 + partial).argsort(stable=True)
-    block, entry, i, j, stop = (x[by_row] for x in (block, entry, i, j, stop))
     count, tail = torch.bincount(row, minlength=R), torch.bincount(row[partial], minlength=R)
-    first, order = count.cumsum(0) - count, (count * (len(row) + 1) + tail).argsort()
+    order = (count * (len(row) + 1) + tail).argsort()
+    by_row = (order.argsort()[row] * 2 + partial).argsort(stable=True)
+    block, entry, i, j, stop = (x[by_row] for x in (block, entry, i, j, stop))
     numbers, groups = count[order].unique_consecutive(return_counts=True)
+    tails, rows_done, start = tail[order].tolist(), 0, 0
     for n, rows in zip(numbers.tolist(), order.split(groups.tolist())):
         for rows in rows.split(max(1, CHUNK // max(1, n * b * b))):
-            at = first[rows, None] + torch.arange(n, device=q.device)  # [R, n]
-            t, mask = int(tail[rows[-1]]), None  # the rows of a group have them in ascending order
+            rows_done, first, start = rows_done + len(rows), start, start + len(rows) * n
+            t, mask = tails[rows_done - 1], None  # the rows of a group have them in ascending order
             if t:
-                late = at[:, n - t :]
+                late = torch.arange(first, start, device=q.device).view(-1, n)[:, n - t :]
                 query, key = i[late][..., None, None] * b + arange[:, None], j[late][..., None, None] * b + arange
                 mask = (query < Sq) & (key < stop[late][..., None, None])  # [R, t, b of queries, b of keys]
                 if causal:
@@ -400,7 +402,7 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
                     which = part[entry[late]].long()
                     mask &= unpack(layout[12][which.clamp(min=0)]) | (which < 0)[..., None, None]
                 mask = (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
-            yield rows, block[at].flatten(), mask
+            yield rows, block[first:start], mask
 
 
 def to_blocks(x, b):
@@ -414,18 +416,22 @@ def from_blocks(x, shape):
     return x.view(*shape[:2], -1, *x.shape[2:])[:, :, : shape[2]].contiguous()
 
 
-class Pool(dict):
+class Pool:
     """Named buffers that are used again, since fresh pages cost as much as arithmetic."""
 
     def __init__(self, like, dtype):
-        self.like, self.dtype = like, dtype
+        self.like, self.dtype, self.buffers, self.views = like, dtype, {}, {}
 
     def get(self, name, *shape):
-        size = math.prod(shape)
-        if name not in self or self[name].numel() < size:
-            self[name] = None  # give the old one back first
-            self[name] = self.like.new_empty(size, dtype=self.dtype)
-        return self[name][:size].view(shape)
+        view = self.views.get(name)
+        if view is None or view.shape != shape:
+            self.views.pop(name, None)
+            size = math.prod(shape)
+            if name not in self.buffers or self.buffers[name].numel() < size:
+                self.buffers.pop(name, None)  # give the old one back first
+                self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
+            self.views[name] = view = self.buffers[name][:size].view(shape)
+        return view
 
     def take(self, name, x, rows):
         """x[rows] in the type to compute in."""
@@ -462,8 +468,7 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         t = 0 if mask is None else mask.shape[2]
         unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
         t and y[:, n * b - t :].masked_fill_(unseen, 0)
-        s = pool.get("s", R, b, n * b)
-        torch.baddbmm(s, x, y.mT, beta=0, alpha=scale, out=s)  # (1)
+        s = torch.bmm(x.mul_(scale), y.mT, out=pool.get("s", R, b, n * b))  # (1)
         t and s[:, :, n * b - t :].masked_fill_(~mask, -math.inf)
         m = s.amax(-1, keepdim=True)
         t and m.masked_fill_(m == -math.inf, 0)  # a row that sees nothing
@@ -508,12 +513,12 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
                 y.masked_fill_(unseen, 0)
                 z.masked_fill_(unseen, 0)
         p, ds = pool.get("p", R, b, n * b), pool.get("ds", R, b, n * b)  # [R, keys, queries]
-        torch.baddbmm(p, y, x.mT, beta=0, alpha=scale, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
+        torch.bmm(y.mul_(scale), x.mT, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
         t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
         dv.index_copy_(0, rows, torch.bmm(p, g, out=pool.get("o", R, b, D)).to(q.dtype))  # (7)
         torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
         dk.index_copy_(0, rows, torch.bmm(ds, x, out=pool.get("o", R, b, D)).mul_(scale).to(q.dtype))  # (9)
-        torch.baddbmm(x, ds.mT, y, beta=0, alpha=scale, out=x)
+        torch.bmm(ds.mT, y, out=x)
         dq.index_add_(0, blocks, x.view(-1, b, D))  # (8)
     dq, dk, dv = from_blocks(dq, q.shape), from_blocks(dk, k.shape), from_blocks(dv, v.shape)
     return dq.to(q.dtype), dk, dv
