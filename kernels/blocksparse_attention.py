@@ -39,7 +39,7 @@ density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
 the best of 12 (with backward: of 8) beside dense SDPA in turn, on a machine whose speed varies by half from minute to
-minute: in five more such runs, 8.3 to 9.9 and 7.9 to 10.9 times dense at 5 %, 4.0 to 4.6 and 3.9 to 4.9 at 12.3 %:
+minute: three more such runs gave 9.2 to 9.6 and 9.0 to 10.7 times dense at 5 %, 3.9 to 4.3 and 4.0 to 4.7 at 12.3 %:
 
     density      forward    times dense       with backward    times dense
        5.0 %       39 ms        8.6 x              119 ms          8.0 x
@@ -56,7 +56,7 @@ What matters beyond the equations:
  3. The kernels put blocks into tiles of 64 or 128, of which 64 bits say which sub-blocks live. They run over whole
     tiles first, with no mask at all, then over those that a mask, the diagonal or an end cuts.
  4. In those, keys that no query sees and queries that see no key are set to 0 first: 0 NaN is NaN.
- 5. The scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
+ 5. In the kernels the scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
  6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
  7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache.
  8. It copies q, k and v where their blocks are no view; the kernels take strides as they are if the last one is 1.
@@ -416,22 +416,18 @@ def from_blocks(x, shape):
     return x.view(*shape[:2], -1, *x.shape[2:])[:, :, : shape[2]].contiguous()
 
 
-class Pool:
+class Pool(dict):
     """Named buffers that are used again, since fresh pages cost as much as arithmetic."""
 
     def __init__(self, like, dtype):
-        self.like, self.dtype, self.buffers, self.views = like, dtype, {}, {}
+        self.like, self.dtype = like, dtype
 
     def get(self, name, *shape):
-        view = self.views.get(name)
-        if view is None or view.shape != shape:
-            self.views.pop(name, None)
-            size = math.prod(shape)
-            if name not in self.buffers or self.buffers[name].numel() < size:
-                self.buffers.pop(name, None)  # give the old one back first
-                self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
-            self.views[name] = view = self.buffers[name][:size].view(shape)
-        return view
+        size = math.prod(shape)
+        if name not in self or self[name].numel() < size:
+            self[name] = None  # give the old one back first
+            self[name] = self.like.new_empty(size, dtype=self.dtype)
+        return self[name][:size].view(shape)
 
     def take(self, name, x, rows):
         """x[rows] in the type to compute in."""
