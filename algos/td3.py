@@ -43,6 +43,7 @@ What matters beyond the equations:
 
 # Shapes: B batch, N environments, O observation, A action, K critics.
 
+import copy
 import importlib
 import json
 import math
@@ -62,6 +63,7 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
 ALGO = "td3"
@@ -100,7 +102,7 @@ class Args:
     checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
     capture_video: bool = False  # film an episode of every evaluation into videos/
-    compile: bool = False  # torch.compile the update
+    compile: bool = False  # compile the update, gradients and optimizers included
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
@@ -409,6 +411,72 @@ class Run:
         return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
 
 
+def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
+    """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
+    for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
+        mean.lerp_(gradient, 1 - beta1)
+        square.lerp_(gradient.square(), 1 - beta2)
+        scale, spread = (1 - beta ** step.double() for beta in (beta1, beta2))  # float32 would cancel
+        parameter.sub_(lr / scale * mean / ((square / spread).sqrt() + eps))
+
+
+class Compiled:
+    """`update` compiled whole, gradients and optimizers included: Dynamo alone would break off at autograd.grad."""
+
+    def __init__(self, update):
+        self.update, self.tried = update, False
+
+    def __call__(self, batch):
+        eager, before = self.update, None if self.tried else self.snapshot()
+        if before:
+            self.tried = True
+            try:
+                self.update = self.compile(batch, before)
+                return self.update(batch)
+            except Exception as error:  # such as an update that needs a number, or no C++ compiler
+                self.update = eager
+                print(f"warning: goes on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+        return self.update(batch)
+
+    def snapshot(self):
+        """What an update may change, as (tensor, clone), or None as long as an optimizer has not made its state."""
+        copy.deepcopy(self.update, memo := {})
+        parts = [part for part in memo[id(memo)] if isinstance(part, torch.Tensor | torch.optim.Optimizer)]
+        if all(torch.is_tensor(part) or part.state for part in parts):
+            return [(part, memo[id(part)]) for part in parts if torch.is_tensor(part)]
+
+    def compile(self, batch, before):
+        """Run the update to see what it does to tensors, undo that, and return it compiled."""
+        adam = torch.ops.aten._fused_adam_
+        try:
+            with torch.random.fork_rng():
+                table = {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
+                traced = make_fx(lambda batch: self.update(batch), table)(batch)
+        finally:
+            with torch.no_grad():
+                [tensor.copy_(clone) for tensor, clone in before]
+        return torch.no_grad()(torch.compile(traced))
+
+
+class CudaGraph:
+    """`update`: called as it is three times, since capture wants it warm, then captured once and replayed."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls < 4:
+            return self.update(batch)
+        if self.calls == 4:
+            self.batch = batch.clone()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update(self.batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        return self.metrics
+
+
 # ==== end of plumbing =================================================================================================
 def evaluate(run):
     """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
@@ -434,25 +502,6 @@ def load_policy(run_dir, deterministic=True):
     return partial(actor.act, deterministic=deterministic)
 
 
-class CudaGraph:
-    """`update`: called as it is three times, since capture wants it warm, then captured once and replayed."""
-
-    def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, batch):
-        self.calls += 1
-        if self.calls < 4:
-            return self.update(batch)
-        if self.calls == 4:
-            self.batch = batch.clone()
-            with torch.cuda.graph(self.graph):
-                self.metrics = self.update(self.batch)
-        self.batch.copy_(batch)
-        self.graph.replay()
-        return self.metrics
-
-
 def train(args):
     """Run TD3 as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
     above_0 = "buffer_size batch_size utd policy_lr q_lr tau hidden policy_frequency"
@@ -467,10 +516,11 @@ def train(args):
     memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
     parts = {name: getattr(agent, name) for name in ("actor_optimizer", "critic_optimizer")}
     run = Run(args, agent.actor, {"agent": agent, "memory": memory, **parts})
-    update = torch.compile(agent.update) if args.compile else agent.update
-    update = {delayed: partial(update, delayed=delayed) for delayed in (False, True)}
+    update = {delayed: partial(agent.update, delayed=delayed) for delayed in (False, True)}
+    if args.compile:
+        update = {delayed: Compiled(one) for delayed, one in update.items()}
     if args.cuda_graph and device.type == "cuda":
-        update = {delayed: CudaGraph(graph) for delayed, graph in update.items()}
+        update = {delayed: CudaGraph(one) for delayed, one in update.items()}
 
     obs, metrics = run.reset(envs, run.seeds(n)), {}
     for step in run.steps(n):

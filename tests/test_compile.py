@@ -1,0 +1,97 @@
+"""--compile: the whole update in one piece, that learns what the plain one does, and a run that resumes to the bit."""
+
+import shutil
+import subprocess
+from functools import partial
+
+import pytest
+import torch
+from conftest import ALGOS, command, load, rows
+from test_resume import same
+from torch._inductor import config
+
+BOX = [-1.0, -0.5], [1.0, 0.5]
+
+
+@pytest.fixture
+def in_float64():
+    """Rounding is then far below what a difference in the mathematics makes."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def agent_of(module):
+    """An agent with 3 observations and small networks, whose optimizers have taken a step."""
+    args, device = module.Args(hidden=(16, 16)), torch.device("cpu")
+    torch.manual_seed(0)
+    if module.ALGO in ("ppo", "trpo", "vpg"):
+        agent = module.Agent(args, 3, 2, *BOX, device)
+    else:
+        agent = module.Agent(args, 3, *([2] if module.ALGO == "dqn" else BOX), device)
+    for optimizer in (x for x in vars(agent).values() if isinstance(x, torch.optim.Optimizer)):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    return agent
+
+
+def updates(module, agent, wrap):
+    """The update of each gradient step, by its number."""
+    if module.ALGO == "td3":
+        delayed = [wrap(partial(agent.update, delayed=value)) for value in (False, True)]
+        return lambda i: delayed[i % 2]
+    update = wrap(agent.update)
+    return lambda i: update
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
+def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
+    module = load(path)
+    plain, compiled = agent_of(module), agent_of(module)
+    ours, theirs = updates(module, plain, lambda update: update), updates(module, compiled, module.Compiled)
+    data = torch.rand(50, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1))
+    data[..., 3] = data[..., 3].round()  # an action of DQN's
+    for i, batch in enumerate(data):
+        torch.manual_seed(i)
+        metrics = ours(i)(batch)
+        torch.manual_seed(i)
+        with config.patch(fallback_random=True):  # or it draws from a generator of its own
+            torch.testing.assert_close(theirs(i)(batch), metrics, rtol=1e-9, atol=1e-9)
+    assert hasattr(theirs(0).update, "__wrapped__") and not capsys.readouterr().err  # it was compiled
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_an_update_that_needs_a_number_goes_on_as_it_was(sac, capsys):
+    class Stubborn(sac.Agent):
+        def update(self, batch):
+            metrics = super().update(batch)
+            return metrics | {"value/mean": torch.tensor(metrics["value/mean"].item())}
+
+    agents = []
+    for wrap in (lambda update: update, sac.Compiled):
+        torch.manual_seed(0)
+        agent = Stubborn(sac.Args(hidden=(16, 16)), 3, *BOX, torch.device("cpu"))
+        update = wrap(agent.update)
+        agents.append((agent, [update(torch.randn(8, 10)) for _ in range(5)]))
+    assert same(agents[0][0].state_dict(), agents[1][0].state_dict()) and same(agents[0][1], agents[1][1])
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: goes on without --compile: ") and warning.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_bit(tmp_path):
+    path = next(path for path in ALGOS if path.stem == "sac")
+    done = subprocess.run(
+        command(path, "--compile", "--run-dir", tmp_path / "whole"), check=True, capture_output=True, text=True
+    )
+    assert "without --compile" not in done.stderr
+    for name, flag in (("killed", "--compile"), ("plain", "--no-compile")):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)  # as it was before its last checkpoint
+        (tmp_path / name / "checkpoint.prev.pt").rename(tmp_path / name / "checkpoint.pt")
+        subprocess.run(command(path, "--resume", "--run-dir", tmp_path / name, flag), check=True, capture_output=True)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole") != rows(tmp_path / "plain")
+    whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    assert same(whole["agent"], killed["agent"])
