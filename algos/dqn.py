@@ -402,6 +402,11 @@ class Run:
         return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
 
 
+def affine_in_parts(bias, x, weight):
+    """A layer's product and its bias apart, since a compiler adds the bias in one pass with what follows."""
+    return x @ weight + bias
+
+
 def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
     """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
     for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
@@ -438,15 +443,20 @@ class Compiled:
 
     def compile(self, batch, before):
         """Run the update to see what it does to tensors, undo that, and return it compiled."""
-        adam = torch.ops.aten._fused_adam_
+        aten, adam = torch.ops.aten, torch.ops.aten._fused_adam_
+        parts = {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
+        parts |= {aten.addmm.default: affine_in_parts, aten.baddbmm.default: affine_in_parts}
         try:
             with torch.random.fork_rng():
-                table = {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
-                traced = make_fx(lambda batch: self.update(batch), table)(batch)
+                traced = make_fx(lambda batch: self.update(batch), parts)(batch)
         finally:
             with torch.no_grad():
                 [tensor.copy_(clone) for tensor, clone in before]
-        return torch.no_grad()(torch.compile(traced))
+        for node in reversed(traced.graph.nodes):
+            if "profiler" in str(node.target):  # an optimizer's marks, which would break the graph
+                traced.graph.erase_node(node)
+        traced.recompile()
+        return torch.no_grad()(torch.compile(traced, options={"fallback_random": True}))  # as the plain one draws
 
 
 class CudaGraph:
