@@ -28,7 +28,7 @@ Kakade 2001, "A Natural Policy Gradient", which is --natural-gradient: the step 
     python algos/trpo.py --resume --run-dir runs/...   takes up a run, whose own flags are the defaults
     torchrun --nproc-per-node 4 algos/trpo.py --num-envs 8     shares the environments among four processes
 
-Final, one seed, 1M steps: HalfCheetah-v4 3995, Hopper-v4 3628, Walker2d-v4 4181. Best on CartPole-v1 by 30k: 500.
+Final at 1M, mean of 2 seeds: HalfCheetah-v4 5005, Hopper-v4 3003, Walker2d-v4 4377. Best on CartPole-v1 by 30k: 500.
 
 Metrics: loss/policy, -L after the step; policy/entropy before it, policy/kl from old to new; policy/step, the 0.8^j
 of (7), 0 where no j would do; loss/value (8) and value/mean of the last minibatch; episode/*, training episodes as
