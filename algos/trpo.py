@@ -690,6 +690,8 @@ def load_policy(run_dir, deterministic=True):
 def train(args):
     """Run TRPO as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
     above_0 = "num_steps update_epochs num_minibatches vf_lr target_kl cg_iters search_steps hidden"
+    if RANKS > 1 and args.compile:
+        sys.exit("error: --compile is for one process, since it cannot compile what ranks exchange: leave it out")
     if RANKS > 1 and not distributed.is_initialized():
         if args.device == "auto" and torch.cuda.is_available():
             args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")

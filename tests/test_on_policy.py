@@ -419,3 +419,10 @@ def test_rewards_are_scaled_by_sums_that_stop_at_cuts(module, env, tmp_path):
     sums = np.array([(1 - 0.9**k) / 0.1 for k in range(1, 6)])
     assert agent["returns.mean"].item() == pytest.approx(sums.mean(), rel=1e-5)
     assert agent["returns.var"].item() == pytest.approx(sums.var(), rel=1e-5)
+
+
+def test_many_ranks_are_not_compiled(module, monkeypatch):
+    """A compiled update would leave out what the ranks exchange."""
+    monkeypatch.setattr(module, "RANKS", 2)
+    with pytest.raises(SystemExit, match="--compile is for one process"):
+        module.train(module.Args(compile=True))
