@@ -53,6 +53,8 @@ def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
     data = torch.rand(50, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1))
     data[..., 3] = data[..., 3].round()  # an action of DQN's
     for i, batch in enumerate(data):
+        if i == 25 and module.ALGO == "ppo":  # whose learning rate falls
+            [agent.optimizer.param_groups[0]["lr"].mul_(0.1) for agent in (plain, compiled)]
         torch.manual_seed(i)
         metrics = ours(i)(batch)
         torch.manual_seed(i)
