@@ -707,6 +707,8 @@ def train(args):
     run.write("result.json", run.last)
     [env.close() for env in run.eval_envs]
     run.metrics.close()
+    if RANKS > 1:
+        distributed.destroy_process_group()  # or a thread of it may still run when the process ends, and abort it
     return run.last
 
 
