@@ -707,8 +707,6 @@ def train(args):
     run.write("result.json", run.last)
     [env.close() for env in run.eval_envs]
     run.metrics.close()
-    if RANKS > 1:
-        distributed.destroy_process_group()  # or a thread of it may still run when the process ends, and abort it
     return run.last
 
 
@@ -720,6 +718,7 @@ def main():
             saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
             args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
         train(args)
+        RANK and os._exit(0)  # in the usual end of a process a thread of gloo's aborts it now and then
     except (OSError, MemoryError, torch.OutOfMemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
 
