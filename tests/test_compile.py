@@ -9,6 +9,7 @@ import torch
 from conftest import ALGOS, command, load, rows
 from test_resume import same
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 BOX = [-1.0, -0.5], [1.0, 0.5]
 
 
@@ -45,6 +46,7 @@ def updates(module, agent, wrap):
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
     module = load(path)
@@ -82,6 +84,7 @@ def test_an_update_that_needs_a_number_goes_on_as_it_was(sac, capsys):
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_compiled_run_resumes_to_the_bit(tmp_path):
     path = next(path for path in ALGOS if path.stem == "sac")
     done = subprocess.run(
