@@ -615,7 +615,8 @@ class Compiled:
                 return self.update(batch)
             except Exception as error:  # such as an update that needs a number, or no C++ compiler
                 self.update = eager
-                print(f"warning: goes on without --compile: {str(error).splitlines()[0]}", file=sys.stderr)
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"warning: goes on without --compile: {why}", file=sys.stderr)
         return self.update(batch)
 
     def snapshot(self):
