@@ -304,7 +304,7 @@ def draw(groups, path):
     import matplotlib.pyplot as plt
 
     colors = {"ours": "#0072B2", "sb3": "#E69F00", "sbx": "#999999"}
-    figure, axes = plt.subplots(figsize=(8, 0.75 * len(groups) + 1.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 0.6 * len(groups) + 1.2), layout="constrained")
     for i, (_, most, _, speeds, _) in enumerate(groups):
         for j, who in enumerate(who for who in NAMES if who in speeds):
             middle, least, greatest = (x / most for x in speeds[who])
@@ -314,9 +314,9 @@ def draw(groups, path):
             axes.barh(y, middle, 0.24, xerr=error, color=colors[who], ecolor="#444444", label=label)
             axes.text(max(greatest, middle) + 0.01, y, f"{speeds[who][0]:.0f}", va="center", fontsize=8)
     axes.set_yticks(range(len(groups)), [group[0].replace(", 1 thread", "") for group in groups])
-    axes.set(xlim=(0, 1.08), xlabel="steps/s while learning, as a share of the bound: matrix products and environment")
+    axes.set(xlim=(0, 1.08), ylim=(len(groups) - 0.4, -0.6))
+    axes.set_xlabel("steps/s while learning, as a share of the bound:\nmatrix products and environment")
     axes.axvline(1, color="#444444", lw=1)
-    axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(0.9, 0))
     figure.savefig(path, dpi=150)
