@@ -23,7 +23,7 @@ Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning
         at every `target_network_frequency`-th step after these:
             Q' moves to                   Q' + tau (Q - Q')                                                      (5)
 
-    Q(s, a) = V(s) + A(s, a) - mean_a A(s, a), V and A two heads of one network, under --dueling                 (6)
+    Q(s, a) = V(s) + A(s, a) - mean_a A(s, a), V and A outputs of one last layer, under --dueling                (6)
 
     python algos/dqn.py --env-id CartPole-v1           or, in Python:   from dqn import Args, load_policy, train
     python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
@@ -41,8 +41,10 @@ What matters beyond the equations:
     follows slowly, as in DDPG. A copy now and then, as in the paper, with --tau 1 --target-network-frequency 500
     --learning-rate 1e-3, reached 450 in 6 of 10 seeds.
  4. (4) is square up to an error of 1, then linear: one surprising transition cannot tear the network.
- 5. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
- 6. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
+ 5. Observations are vectors, for an MLP: the papers' are frames, for convolutions, with rewards clipped to +-1, and
+    (6) has hidden layers of its own for V and for A.
+ 6. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
+ 7. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
 """
 
 # Shapes: B batch, N environments, O observation, A actions to choose from.
@@ -342,7 +344,8 @@ class Run:
         if not all(value.isfinite().all() for value in state["agent"].values()):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
+        actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         if (path := self.dir / "checkpoint.pt").exists():

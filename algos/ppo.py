@@ -8,12 +8,13 @@ A policy gradient is right only for the policy that collected the data. PPO take
 clips the objective where new and old probability differ too much: to go further gains nothing.
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347
+(1), (2): "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438
 
     policy pi, value function V
     for each rollout of `num_steps` steps of each environment, (s, a, r, d, s') with d 1 where it terminated:
         a ~ pi(. | s)
         delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                                         (1)
-        A_t = delta_t + gamma gae_lambda A_t+1, where no episode ended at t; R_t = A_t + V(s_t)                  (2)
+        A_t = delta_t + gamma gae_lambda (1 - e_t) A_t+1, e 1 where an episode ended; R_t = A_t + V(s_t)         (2)
         for each of `update_epochs` epochs, for each of `num_minibatches` parts of the rollout, drawn anew:
             w = pi(a | s) / pi_old(a | s)                                                                        (3)
             pi descends               mean -min(w A, clip(w, 1 - clip_coef, 1 + clip_coef) A)                    (4)
@@ -34,8 +35,8 @@ deterministic episodes; speed/sps, environment steps a second since the run bega
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
  2. Advantages are normalised over the rollout, which makes the learning rate fit any reward.
- 3. Observations and rewards are normalised by running statistics, moved only between rollouts: old and new
-    probabilities of (3) see the same s. They are saved with the policy and stand still in evaluation.
+ 3. Observations are normalised, rewards divided by the spread of their discounted sum, by running statistics. Those
+    of s move only between rollouts: old and new probabilities of (3) see the same s. Evaluation moves none.
  4. A minibatch takes equally from every environment, so that ranks can share it.
  5. The policy's last layer starts at a hundredth of its size, and its spread in a box at 0.6 half widths, not 1.
  6. Gradients are clipped to norm `max_grad_norm`, and the learning rate falls linearly to 0 over the run.
@@ -206,7 +207,7 @@ class Actor(nn.Module):
         """What `in_numpy` turns into samples: [*shape, A], drawn on the CPU, so that it is the same on every device."""
         shape = *shape, self.init["act_dim"]
         if self.discrete:
-            return -torch.empty(shape).exponential_().log().numpy()
+            return -torch.empty(shape).exponential_().log().numpy()  # Gumbel noise
         return (torch.randn(shape) * self.log_std.detach().exp().cpu()).numpy()
 
     def in_numpy(self):
@@ -246,7 +247,7 @@ def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda):
 
 
 def policy_loss(log_ratio, advantage, clip_coef):
-    """(4): log w [B], advantage [B] -> scalar. Where clipping w makes a difference, it leaves A + clip_coef |A|."""
+    """(4): log w [B], advantage [B] -> scalar. For either sign of A the minimum is min(w A, A + clip_coef |A|)."""
     return -torch.minimum(log_ratio.exp() * advantage, advantage + clip_coef * advantage.abs()).mean()
 
 
@@ -442,7 +443,8 @@ class Run:
         if not all(value.isfinite().all() for value in state["agent"].values()):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
+        actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         if (path := self.dir / "checkpoint.pt").exists():

@@ -351,7 +351,8 @@ class Run:
         if not all(value.isfinite().all() for value in state["agent"].values()):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
+        actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         if (path := self.dir / "checkpoint.pt").exists():

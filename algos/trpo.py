@@ -14,7 +14,7 @@ Kakade 2001, "A Natural Policy Gradient", which is --natural-gradient: the step 
     for each rollout of `num_steps` steps of each environment, (s, a, r, d, s') with d 1 where it terminated:
         a ~ pi(. | s)
         delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                                         (1)
-        A_t = delta_t + gamma gae_lambda A_t+1, where no episode ended at t; R_t = A_t + V(s_t)                  (2)
+        A_t = delta_t + gamma gae_lambda (1 - e_t) A_t+1, e 1 where an episode ended; R_t = A_t + V(s_t)         (2)
         once, on the whole rollout:
             L(theta) = mean pi(a | s) / pi_old(a | s) A,   g its gradient                                        (3)
             F v = gradient of (gradient of mean KL(pi_old || pi)) . v, plus damping v                            (4)
@@ -207,7 +207,7 @@ class Actor(nn.Module):
         """What `in_numpy` turns into samples: [*shape, A], drawn on the CPU, so that it is the same on every device."""
         shape = *shape, self.init["act_dim"]
         if self.discrete:
-            return -torch.empty(shape).exponential_().log().numpy()
+            return -torch.empty(shape).exponential_().log().numpy()  # Gumbel noise
         return (torch.randn(shape) * self.log_std.detach().exp().cpu()).numpy()
 
     def in_numpy(self):
@@ -474,7 +474,8 @@ class Run:
         if not all(value.isfinite().all() for value in state["agent"].values()):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
+        actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         if (path := self.dir / "checkpoint.pt").exists():

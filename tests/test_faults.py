@@ -182,8 +182,9 @@ def test_the_run_folder_holds_what_is_promised(finished):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(list(line)[:2] == ["step", "wall"] for line in lines)
     assert [line["step"] for line in lines if "eval/return" in line] == [200, 400, 600]
-    for file in ("checkpoint.pt", "policy.pt"):
-        torch.load(folder / file, weights_only=True)
+    torch.load(folder / "checkpoint.pt", weights_only=True)
+    actor = torch.load(folder / "policy.pt", weights_only=True)["actor"]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in actor.values()), "more than the actor alone"
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(copied):

@@ -146,6 +146,11 @@ def test_nothing_names_the_place_where_it_was_made(folder):
         assert not re.search(r"/(home|root|Users|mnt)/\w", file.read_text().replace("(home|root|Users|mnt)", "")), file
 
 
+def test_readme_has_a_line_for_every_file_of_the_suite():
+    listed = re.findall(r"^\| `tests/(test_\w+\.py)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+
+
 def test_results_name_the_algorithm_that_made_them():
     """What a file's algorithm is no longer is listed in results/README.md, and nothing else is."""
     now = {path.stem: fingerprint(path.read_bytes()) for path in ALGOS}
