@@ -430,7 +430,7 @@ class Compiled:
         parts = {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
         parts |= {aten.addmm.default: affine_in_parts, aten.baddbmm.default: affine_in_parts}
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
                 traced = make_fx(lambda batch: self.update(batch), parts)(batch)
         finally:
             with torch.no_grad():
@@ -443,13 +443,13 @@ class Compiled:
 
 
 class CudaGraph:
-    """`update`: called as it is three times, since capture wants it warm, then captured once and replayed."""
+    """`update`: called as it is three times, once it is compiled, since capture wants it warm; captured; replayed."""
 
     def __init__(self, update):
         self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
-        self.calls += 1
+        self.calls += getattr(self.update, "tried", True)
         if self.calls < 4:
             return self.update(batch)
         if self.calls == 4:

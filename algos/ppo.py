@@ -602,7 +602,7 @@ class Compiled:
         parts = {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
         parts |= {aten.addmm.default: affine_in_parts, aten.baddbmm.default: affine_in_parts}
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
                 traced = make_fx(lambda batch: self.update(batch), parts)(batch)
         finally:
             with torch.no_grad():
@@ -615,13 +615,13 @@ class Compiled:
 
 
 class CudaGraph:
-    """`update`: called as it is three times, since capture wants it warm, then captured once and replayed."""
+    """`update`: called as it is three times, once it is compiled, since capture wants it warm; captured; replayed."""
 
     def __init__(self, update):
         self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
-        self.calls += 1
+        self.calls += getattr(self.update, "tried", True)
         if self.calls < 4:
             return self.update(batch)
         if self.calls == 4:
@@ -708,7 +708,8 @@ def train(args):
         # Learn from it, in minibatches that have as many steps of one environment as of another.
         rows = agent.prepare(s, a, r[..., 0], d[..., 0], e[..., 0], next_s).flatten(0, 1)
         rate = args.learning_rate * (1 - args.anneal_lr * (step - stride) / run.total)
-        agent.optimizer.param_groups[0]["lr"].fill_(rate)
+        group = agent.optimizer.param_groups[0]
+        group["lr"] = group["lr"].to(device).fill_(rate)  # a checkpoint leaves it on the CPU
         for _ in range(args.update_epochs):
             order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
             for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):

@@ -152,6 +152,8 @@ def seconds(who, case, steps, threads, args):
     if done.returncode:
         last = ["killed", *done.stderr.decode().strip().splitlines()][-1]
         sys.exit(f"error: {NAMES[who]} failed at {case.algo}: {last}")
+    if b"goes on without --compile" in done.stderr:
+        sys.exit(f"error: {case.algo} could not be compiled: {case.algo}.py --compile says why")
     return took
 
 
@@ -249,9 +251,9 @@ def measure(args):
         note(about | {"bound": 1 / (1 / alone + products), "env": alone})
         for number in range(1, args.rounds + 1):
             for who in ["ours", *(peers if case.theirs else [])]:
-                if (who, case) not in warm:  # the first process reads its libraries from the disk, or compiles
+                if (who, case, threads) not in warm:  # the first process reads its libraries from the disk, or compiles
                     seconds(who, case, case.lengths[0], threads, args)
-                    warm.append((who, case))
+                    warm.append((who, case, threads))
                 short, long = (seconds(who, case, steps, threads, args) for steps in case.lengths)
                 if long <= short:
                     sys.exit(f"error: {name}: {case.lengths[1]} steps took no longer than {case.lengths[0]}: --scale 2")
@@ -277,6 +279,8 @@ def summary(rows):
             else:
                 times[row["who"]].append(row["sps"])
                 rounds[len(limits), row["round"]][row["who"]] = row["sps"]
+        if len(times) > 1:  # a round without peers says nothing beside theirs
+            times["ours"] = [r["ours"] for r in rounds.values() if "ours" in r and len(r) > 1]
         speeds = {who: (median(sps), min(sps), max(sps)) for who, sps in times.items()}
         ratios = {who: [r["ours"] / r[who] for r in rounds.values() if {"ours", who} <= {*r}] for who in PEERS}
         ratios = {who: median(values) for who, values in ratios.items() if values}

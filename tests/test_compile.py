@@ -1,12 +1,14 @@
 """--compile: the whole update in one piece, that learns what the plain one does, and a run that resumes to the bit."""
 
+import os
 import shutil
 import subprocess
 from functools import partial
 
 import pytest
 import torch
-from conftest import ALGOS, command, load, rows
+import tyro
+from conftest import ALGOS, command, every, load, rows
 from test_resume import same
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -22,18 +24,12 @@ def in_float64():
 
 
 def agent_of(module):
-    """An agent with 3 observations and small networks, whose optimizers have taken a step."""
+    """An agent with 3 observations and small networks."""
     args, device = module.Args(hidden=(16, 16)), torch.device("cpu")
     torch.manual_seed(0)
     if module.ALGO in ("ppo", "trpo", "vpg"):
-        agent = module.Agent(args, 3, 2, *BOX, device)
-    else:
-        agent = module.Agent(args, 3, *([2] if module.ALGO == "dqn" else BOX), device)
-    for optimizer in (x for x in vars(agent).values() if isinstance(x, torch.optim.Optimizer)):
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-    return agent
+        return module.Agent(args, 3, 2, *BOX, device)
+    return module.Agent(args, 3, *([2] if module.ALGO == "dqn" else BOX), device)
 
 
 def updates(module, agent, wrap):
@@ -49,11 +45,16 @@ def updates(module, agent, wrap):
 @needs_compiler
 @pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
+    """From the first on, before which no optimizer has a state to trace."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     module = load(path)
     plain, compiled = agent_of(module), agent_of(module)
     ours, theirs = updates(module, plain, lambda update: update), updates(module, compiled, module.Compiled)
     data = torch.rand(50, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1))
     data[..., 3] = data[..., 3].round()  # an action of DQN's
+    if module.ALGO == "vpg":  # whose policy steps first
+        [agent.improve(data[0]) for agent in (plain, compiled)]
     for i, batch in enumerate(data):
         if i == 25 and module.ALGO == "ppo":  # whose learning rate falls
             [agent.optimizer.param_groups[0]["lr"].mul_(0.1) for agent in (plain, compiled)]
@@ -62,6 +63,7 @@ def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
         torch.manual_seed(i)
         torch.testing.assert_close(theirs(i)(batch), metrics, rtol=1e-9, atol=1e-9)
     assert hasattr(theirs(0).update, "__wrapped__") and not capsys.readouterr().err  # it was compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len({theirs(0), theirs(1)})  # each in one piece
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -81,6 +83,36 @@ def test_an_update_that_needs_a_number_goes_on_as_it_was(sac, capsys):
     assert same(agents[0][0].state_dict(), agents[1][0].state_dict()) and same(agents[0][1], agents[1][1])
     warning = capsys.readouterr().err
     assert warning.startswith("warning: goes on without --compile: ") and warning.count("\n") == 1
+
+
+@every
+def test_train_compiles_every_update(path, tmp_path, monkeypatch):
+    module, calls = load(path), []
+
+    def compiled(update):
+        calls.append(0)
+
+        def count(batch):
+            calls[number] += 1
+            return update(batch)
+
+        number = len(calls) - 1
+        return count
+
+    monkeypatch.setattr(module, "Compiled", compiled)
+    module.train(tyro.cli(module.Args, args=command(path, "--compile", "--run-dir", tmp_path / "run")[2:]))
+    assert len(calls) == 1 + (path.stem == "td3") and all(calls)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_run_goes_on_as_it_was(tmp_path):
+    path = next(path for path in ALGOS if path.stem == "sac")
+    none = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for flag in ("--compile", "--no-compile"):
+        line = command(path, flag, "--run-dir", tmp_path / flag)
+        done = subprocess.run(line, check=True, capture_output=True, text=True, env=none)
+        assert done.stderr.count("warning: goes on without --compile: ") == (flag == "--compile")
+    assert rows(tmp_path / "--compile") == rows(tmp_path / "--no-compile")
 
 
 @pytest.mark.slow

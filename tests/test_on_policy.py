@@ -426,3 +426,24 @@ def test_many_ranks_are_not_compiled(module, monkeypatch):
     monkeypatch.setattr(module, "RANKS", 2)
     with pytest.raises(SystemExit, match="--compile is for one process"):
         module.train(module.Args(compile=True))
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_a_resumed_run_goes_on_to_lower_its_learning_rate(ppo, tmp_path, monkeypatch, device):
+    """Where a graph or a compiled update reads it: in a tensor on the device, which a checkpoint's is not."""
+    agents = []
+
+    class Agent(ppo.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            agents.append(self)
+
+    monkeypatch.setattr(ppo, "Agent", Agent)
+    flags = {**SMALL_RUN, "env_id": "CartPole-v1", "run_dir": str(tmp_path / "run"), "device": device}
+    ppo.train(ppo.Args(**flags, total_timesteps=100))
+    ppo.train(ppo.Args(**flags, total_timesteps=200, resume=True))
+    rate = agents[1].optimizer.param_groups[0]["lr"]
+    assert rate.device.type == device and rate.item() == pytest.approx(3e-4 * 20 / 200)  # of the last of ten rollouts

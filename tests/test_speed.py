@@ -68,6 +68,18 @@ def test_more_environments_change_no_update(speed):
     assert speed.lengthen(speed.CASES["trpo-hopper"], 1, 1).theirs is None
 
 
+def test_a_round_without_peers_is_not_set_beside_theirs(speed):
+    rows = [measured("bound", 0, 9), measured("ours", 1, 5), measured("sb3", 1, 4), measured("bound", 0, 9)]
+    assert speed.summary([*rows, measured("ours", 1, 8)])[0][3]["ours"] == (5, 5, 5)
+
+
+def test_what_could_not_be_compiled_is_not_timed_as_if_it_were(speed, monkeypatch):
+    warning = "import sys; sys.stderr.write('warning: goes on without --compile: ')"
+    monkeypatch.setattr(speed, "command", lambda *_: [sys.executable, "-c", warning])
+    with pytest.raises(SystemExit, match="^error: ppo could not be compiled: ppo.py --compile says why"):
+        speed.seconds("ours", speed.CASES["ppo-hopper"], 1, 1, None)
+
+
 WRONG = [(["--rounds", 0], "above 0"), (["--load", "none.jsonl"], "none.jsonl"), (["--load", "empty.jsonl"], "--save")]
 
 
