@@ -24,7 +24,8 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Adv
     python algos/vpg.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
     torchrun --nproc-per-node 4 algos/vpg.py --num-envs 8      shares the environments among four processes
 
-CartPole-v1, best evaluation: 500 by 30k steps in 10 of 10 seeds. MuJoCo has not been measured yet.
+Final at 1M steps, mean (range) of 3 seeds, beside Spinning Up's training returns: HalfCheetah-v4 2546 (2002 to 3302),
+-49; Hopper-v4 2364 (731 to 3282), 391. Best on CartPole-v1 by 30k: 500 in 10 of 10 seeds.
 
 Metrics: loss/policy (3) and policy/entropy before the step, policy/kl from old to new; loss/value (4) and value/mean of
 the last minibatch; episode/*, training episodes as they end; eval/*, deterministic episodes; speed/sps, environment
