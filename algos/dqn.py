@@ -28,7 +28,7 @@ Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning
     python algos/dqn.py --env-id CartPole-v1           or, in Python:   from dqn import Args, load_policy, train
     python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
-Best evaluation: CartPole-v1 by 60k steps, at least 450 in 16 of 20 seeds; Acrobot-v1 by 100k, at least -75 in 3 of 3.
+Best evaluation: CartPole-v1 by 60k steps, at least 450 in 7 of 10 seeds; Acrobot-v1 by 100k, at least -75 in 3 of 3.
 It is not steady: the last may be far worse, 333 +- 136 (95 %) on CartPole-v1. With --compile and --train-frequency 10
 6549 steps/s, SB3 3072, SBX 3268.
 
