@@ -472,7 +472,17 @@ class CudaGraph:
 
     def __call__(self, batch):
         self.calls += getattr(self.update, "tried", True)
-        if self.calls < 4:
+        if self.calls == 3:  # is watched: a capture that fails would leave CUDA unable to draw random numbers
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                metrics = self.update(batch)
+                torch.cuda.set_sync_debug_mode("default")
+            if waits := [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]:
+                self.graph, where = None, f"{Path(waits[0].filename).name}, line {waits[0].lineno}"
+                print(f"warning: goes on without a CUDA graph: {where}, waits for the device", file=sys.stderr)
+            return metrics
+        if self.calls < 3 or self.graph is None:
             return self.update(batch)
         if self.calls == 4:
             self.batch = batch.clone()

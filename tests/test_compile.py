@@ -1,9 +1,10 @@
-"""--compile: the whole update in one piece, that learns what the plain one does, and a run that resumes to the bit."""
+"""--compile and CUDA graphs: an update in one piece that learns what the plain one does, and resumes to the bit."""
 
 import os
 import shutil
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import ALGOS, command, every, load, rows
 from test_resume import same
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 BOX = [-1.0, -0.5], [1.0, 0.5]
 
 
@@ -23,9 +25,9 @@ def in_float64():
     torch.set_default_dtype(torch.float32)
 
 
-def agent_of(module):
+def agent_of(module, device):
     """An agent with 3 observations and small networks."""
-    args, device = module.Args(hidden=(16, 16)), torch.device("cpu")
+    args, device = module.Args(hidden=(16, 16)), torch.device(device)
     torch.manual_seed(0)
     if module.ALGO in ("ppo", "trpo", "vpg"):
         return module.Agent(args, 3, 2, *BOX, device)
@@ -41,31 +43,68 @@ def updates(module, agent, wrap):
     return lambda i: update
 
 
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
-def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
-    """From the first on, before which no optimizer has a state to trace."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    module = load(path)
-    plain, compiled = agent_of(module), agent_of(module)
-    ours, theirs = updates(module, plain, lambda update: update), updates(module, compiled, module.Compiled)
-    data = torch.rand(50, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1))
+def fifty_updates_are_the_plain_ones(module, wrap, device):
+    """From the first on, before which no optimizer has a state to trace. Returns those wrapped."""
+    plain, wrapped = agent_of(module, device), agent_of(module, device)
+    ours, theirs = updates(module, plain, lambda update: update), updates(module, wrapped, wrap)
+    data = torch.rand(50, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1)).to(device)
     data[..., 3] = data[..., 3].round()  # an action of DQN's
     if module.ALGO == "vpg":  # whose policy steps first
-        [agent.improve(data[0]) for agent in (plain, compiled)]
+        [agent.improve(data[0]) for agent in (plain, wrapped)]
     for i, batch in enumerate(data):
         if i == 25 and module.ALGO == "ppo":  # whose learning rate falls
-            [agent.optimizer.param_groups[0]["lr"].mul_(0.1) for agent in (plain, compiled)]
+            [agent.optimizer.param_groups[0]["lr"].mul_(0.1) for agent in (plain, wrapped)]
         torch.manual_seed(i)
         metrics = ours(i)(batch)
         torch.manual_seed(i)
         torch.testing.assert_close(theirs(i)(batch), metrics, rtol=1e-9, atol=1e-9)
-    assert hasattr(theirs(0).update, "__wrapped__") and not capsys.readouterr().err  # it was compiled
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len({theirs(0), theirs(1)})  # each in one piece
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(wrapped.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    return {theirs(0), theirs(1)}
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
+def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = load(path)
+    compiled = fifty_updates_are_the_plain_ones(module, module.Compiled, "cpu")
+    assert all(hasattr(one.update, "__wrapped__") for one in compiled) and not capsys.readouterr().err
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(compiled)  # each in one piece
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
+def test_fifty_captured_updates_are_the_plain_ones(path, compiled, in_float64, capsys):
+    torch._dynamo.reset()
+    module = load(path)
+
+    def wrap(update):
+        return module.CudaGraph(module.Compiled(update) if compiled else update)
+
+    captured = fifty_updates_are_the_plain_ones(module, wrap, "cuda")
+    assert all(one.graph and one.calls > 20 for one in captured) and not capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_an_update_that_waits_for_the_device_goes_on_as_it_was(sac, capsys):
+    class Stubborn(sac.Agent):
+        def update(self, batch):
+            return super().update(batch * (1.0 if batch.sum().item() else 2.0))
+
+    agent = Stubborn(sac.Args(hidden=(16, 16)), 3, *BOX, torch.device("cuda"))
+    update, before = sac.CudaGraph(agent.update), []
+    for _ in range(6):
+        update(torch.randn(8, 10, device="cuda"))
+        before.append(agent.critic_optimizer.state_dict()["state"][0]["step"].item())
+    assert before == [1, 2, 3, 4, 5, 6]  # each call is one update
+    here = f"{Path(__file__).name}, line {Stubborn.update.__code__.co_firstlineno + 1}"
+    assert capsys.readouterr().err == f"warning: goes on without a CUDA graph: {here}, waits for the device\n"
 
 
 def test_an_update_that_needs_a_number_goes_on_as_it_was(sac, capsys):

@@ -101,7 +101,7 @@ PITFALLS = {
     30: "test_resume.py::test_killed_three_times_it_ends_bit_equal",
     31: "test_house.py::test_flags_are_annotated_honestly",
     32: "a plain line: torch.set_num_threads(args.threads)",
-    33: "test_sac.py::test_cuda_graph_is_the_eager_update",
+    33: "test_compile.py::test_fifty_captured_updates_are_the_plain_ones",
     34: "test_on_policy.py::test_two_ranks_learn_what_one_does",
     35: "test_faults.py::test_a_damaged_checkpoint_gives_way_to_the_one_before",
     36: "test_scripts.py",
