@@ -10,6 +10,7 @@ the correlation of what follows in time; a copy of the network that lags behind 
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", https://doi.org/10.1038/nature14236
 van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning", https://arxiv.org/abs/1509.06461
 Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning", https://arxiv.org/abs/1511.06581
+Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", https://arxiv.org/abs/2407.04811
 
     action values Q, their target Q', replay memory D; |A| actions
     for each environment step t:
@@ -87,12 +88,14 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.01  # how far the target moves when it does
     target_network_frequency: int = 2  # environment steps between moves of the target
-    learning_rate: float = 5e-4  # of the network
+    learning_rate: float = 1e-3  # of the network
+    anneal_lr: bool = True  # let the learning rate fall to 0 over the run
     start_e: float = 1.0  # probability of a random action at the first step
     end_e: float = 0.05  # the same at the end of its fall
     exploration_fraction: float = 0.2  # of all steps, how many that fall takes
     double: bool = False  # choose the target's action by the network, not by its target
     dueling: bool = False  # sum the action values from a state value and advantages
+    layer_norm: bool = True  # normalise each hidden layer, before its non-linearity
     hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers
     activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # non-linearity between layers
 
@@ -119,20 +122,30 @@ IN_NUMPY = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "silu": lambda 
 IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
 
 
-def mlp(sizes, activation, layer=nn.Linear):
+def mlp(sizes, activation, layer_norm):
     """Layers of `sizes` with `activation` between them: [..., sizes[0]] -> [..., sizes[-1]]."""
-    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (layer(i, o), ACTIVATIONS[activation])]
+    layers = []
+    for i, o in zip(sizes, sizes[1:]):
+        norm = [nn.LayerNorm(o, elementwise_affine=False)] if layer_norm else []
+        layers += [nn.Linear(i, o), nn.Sequential(*norm, ACTIVATIONS[activation])]
     return nn.Sequential(*layers[:-1])
+
+
+def standardize(x):
+    """In numpy what nn.LayerNorm does: x [..., W] -> the same with mean 0 and variance 1."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
 class QNetwork(nn.Module):
     """obs [..., O] -> action values [..., A]."""
 
-    def __init__(self, obs_dim, actions, hidden, activation, dueling):
+    def __init__(self, obs_dim, actions, hidden, activation, dueling, layer_norm):
         super().__init__()
         self.init = {"obs_dim": obs_dim, "actions": actions, "hidden": hidden, "activation": activation}
-        self.init["dueling"] = self.dueling = dueling
-        self.net = mlp((obs_dim, *hidden, actions + dueling), activation)
+        self.init |= {"dueling": dueling, "layer_norm": layer_norm}
+        self.dueling, self.layer_norm = dueling, layer_norm
+        self.net = mlp((obs_dim, *hidden, actions + dueling), activation, layer_norm)
 
     def forward(self, obs):
         q = self.net(obs)
@@ -147,7 +160,8 @@ class QNetwork(nn.Module):
         def greedy(obs):
             x = np.asarray(obs, np.float32)
             for weight, bias in hidden:
-                x = activate(x @ weight + bias)
+                x = x @ weight + bias
+                x = activate(standardize(x) if self.layer_norm else x)
             return (x @ last[0] + last[1])[..., self.dueling :].argmax(-1)  # V(s) is the same for all
 
         return greedy
@@ -199,12 +213,13 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, actions, device):
         super().__init__()
         self.args, self.columns = args, (obs_dim, 1, 1, 1, obs_dim)  # of a batch
-        critic = partial(QNetwork, obs_dim, actions, args.hidden, args.activation, args.dueling)
+        critic = partial(QNetwork, obs_dim, actions, args.hidden, args.activation, args.dueling, args.layer_norm)
         self.critic, self.target = critic(), critic().requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
         self.to(device)
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
-        self.optimizer = adam(self.critic.parameters(), lr=args.learning_rate)
+        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
+        self.optimizer = adam(self.critic.parameters(), lr=rate)
 
     def update(self, batch):
         """A gradient step on rows (s, a, r, d, s') [B, 2 O + 3]; returns scalar tensors to log."""
@@ -534,6 +549,7 @@ def train(args):
     update = Compiled(agent.update) if args.compile else agent.update
     update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" else update
 
+    (group,) = agent.optimizer.param_groups
     obs, metrics, greedy = run.reset(envs, run.seeds(n)), {}, agent.critic.in_numpy()
     for step in run.steps(n):
         # Act. Step t has row t mod capacity, so the memory needs no counters.
@@ -545,8 +561,10 @@ def train(args):
         obs = next_obs
 
         # Learn, and move the target, each in its own rhythm of steps.
+        rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step if args.anneal_lr else 0)
         learnt = [max(0, t - args.learning_starts) for t in (step - n, step)]
         for _ in range(*(t // args.train_frequency for t in learnt)):
+            group["lr"] = group["lr"].to(device).fill_(rate)  # a checkpoint leaves it on the CPU
             index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)
             metrics = update(memory.index_select(0, index))
             greedy = agent.critic.in_numpy()

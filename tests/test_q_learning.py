@@ -161,15 +161,38 @@ def test_epsilon_falls_as_it_should(dqn):
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "elu", "silu"])
 @pytest.mark.parametrize("dueling", [True, False])
-def test_the_greedy_action_in_numpy_is_the_one_in_torch(dqn, activation, dueling):
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_the_greedy_action_in_numpy_is_the_one_in_torch(dqn, activation, dueling, layer_norm):
     torch.manual_seed(0)
-    network = dqn.QNetwork(3, 4, (8, 8), activation, dueling)
+    network = dqn.QNetwork(3, 4, (8, 8), activation, dueling, layer_norm)
     for parameter in network.parameters():
         parameter.data = torch.randn_like(parameter)
     obs = 3 * torch.randn(50, 20, 3)
     expected = network(obs).argmax(-1).numpy()
     assert (network.act(obs.numpy()) == expected).mean() > 0.99  # rounding may turn the closest of them
     assert len(np.unique(expected)) > 1 and network.act(obs[0, 0].numpy()).shape == ()
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_layers_are_normalised_before_their_non_linearity(dqn, layer_norm):
+    """Each row for itself: their scale and what they have in common make no difference."""
+    torch.manual_seed(0)
+    network, obs = dqn.QNetwork(3, 4, (64, 64), "tanh", False, layer_norm), torch.randn(10, 3)
+    before = network(obs)
+    for layer in (network.net[0], network.net[2]):
+        layer.weight.data = 10 * layer.weight + 1
+        layer.bias.data = 10 * layer.bias + 1
+    assert torch.allclose(network(obs), before, atol=1e-3) == layer_norm
+    torch.testing.assert_close(network(obs[:1]), network(obs)[:1])
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_the_learning_rate_of_dqn_falls_with_the_steps_of_the_whole_run(dqn, tmp_path, anneal):
+    flags = {"learning_starts": 10, "eval_every": 0, "run_dir": str(tmp_path / "run"), "anneal_lr": anneal}
+    for total, last in ((100, 90), (400, 370)):  # steps, and the one of the last update
+        dqn.train(dqn.Args(total_timesteps=total, resume=last > 90, learning_rate=0.1, train_frequency=40, **flags))
+        (group,) = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert group["lr"].item() == pytest.approx(0.1 * (1 - anneal * last / total))
 
 
 def test_epsilon_greedy(dqn):
