@@ -256,6 +256,7 @@ def start(args, above_0, at_least_0, at_most_1):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
     torch.manual_seed(args.seed)
+    warnings.filterwarnings("ignore", ".*with capturable=True", UserWarning)  # from Adam, before it is captured
     return device
 
 
