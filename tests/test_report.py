@@ -155,7 +155,7 @@ def test_the_committed_page_is_of_the_committed_curves(tmp_path, monkeypatch):
     """But for how the raw data are compressed, which is not the same with every zlib."""
     monkeypatch.chdir(ROOT / "results")
     curves = [Path(f"{name}.jsonl") for name in ("classic", "mujoco", "off_policy", "sac")]
-    plain = partial(re.sub, "H4sI[^\"]+", lambda packed: gzip.decompress(base64.b64decode(packed[0])).decode())
+    plain = partial(re.sub, 'H4sI[^"]+', lambda packed: gzip.decompress(base64.b64decode(packed[0])).decode())
     assert plain(make(tmp_path, *curves)) == plain(Path("report.html").read_text())
 
 
