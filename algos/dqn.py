@@ -20,7 +20,7 @@ Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", https://ar
         at every `train_frequency`-th step after the first `learning_starts`, on a batch of D:
             y = r + gamma (1 - d) max_a' Q'(s', a')                                                              (2)
             y = r + gamma (1 - d) Q'(s', argmax_a' Q(s', a'))   under --double                                   (3)
-            Q descends                    mean huber(Q(s, a) - y)                                                (4)
+            Q descends                    mean huber(Q(s, a) - y), square up to 1 / (1 - gamma)                  (4)
         at every `target_network_frequency`-th step after these:
             Q' moves to                   Q' + tau (Q - Q')                                                      (5)
 
@@ -40,8 +40,10 @@ What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
  2. (1) is a function of the step, and reaches end_e at the step it should; each environment draws for itself.
  3. The target moves by environment steps too, whatever `train_frequency` is, and not before learning starts. It
-    follows slowly, as in DDPG, where the paper makes a copy now and then.
- 4. (4) is square up to an error of 1, then linear: one surprising transition cannot tear the network.
+    follows, as in DDPG, where the paper makes a copy now and then: what a step learns must travel through it a
+    hundred times until all of the horizon knows.
+ 4. Q is the network's output times that horizon, 1 / (1 - gamma), the return of rewards of 1: the output need not grow
+    from 0 to 100 first, and (4) is square up to such an error, then linear, where the paper clips at 1.
  5. Hidden layers are normalised, which keeps (2) from chasing its own tail (Gallici et al.), and the learning rate
     falls to 0 over the run: in the end Q is about 100 on CartPole-v1, and its two actions differ by 0.15.
  6. Observations are vectors, for an MLP: the papers' are frames, for convolutions, with rewards clipped to +-1, and
@@ -84,12 +86,12 @@ class Args:
 
     learning_starts: int = 1_000  # steps before learning begins
     buffer_size: int = 100_000  # transitions in the replay memory
-    batch_size: int = 256  # transitions in a gradient step
+    batch_size: int = 128  # transitions in a gradient step
     train_frequency: int = 2  # environment steps per gradient step
     gamma: float = 0.99  # discount
-    tau: float = 0.01  # how far the target moves when it does
+    tau: float = 0.03  # how far the target moves when it does
     target_network_frequency: int = 2  # environment steps between moves of the target
-    learning_rate: float = 1e-3  # of the network
+    learning_rate: float = 5e-4  # of the network
     anneal_lr: bool = True  # let the learning rate fall to 0 over the run
     start_e: float = 1.0  # probability of a random action at the first step
     end_e: float = 0.05  # the same at the end of its fall
@@ -141,15 +143,15 @@ def standardize(x):
 class QNetwork(nn.Module):
     """obs [..., O] -> action values [..., A]."""
 
-    def __init__(self, obs_dim, actions, hidden, activation, dueling, layer_norm):
+    def __init__(self, obs_dim, actions, hidden, activation, dueling, layer_norm, scale):
         super().__init__()
         self.init = {"obs_dim": obs_dim, "actions": actions, "hidden": hidden, "activation": activation}
-        self.init |= {"dueling": dueling, "layer_norm": layer_norm}
-        self.dueling, self.layer_norm = dueling, layer_norm
+        self.init |= {"dueling": dueling, "layer_norm": layer_norm, "scale": scale}
+        self.dueling, self.layer_norm, self.scale = dueling, layer_norm, scale
         self.net = mlp((obs_dim, *hidden, actions + dueling), activation, layer_norm)
 
     def forward(self, obs):
-        q = self.net(obs)
+        q = self.scale * self.net(obs)
         return dueling_values(q[..., :1], q[..., 1:]) if self.dueling else q
 
     def in_numpy(self):
@@ -195,9 +197,9 @@ def q_target(reward, terminated, next_q, gamma):
     return reward + gamma * (1 - terminated) * next_q
 
 
-def critic_loss(q, y):
+def critic_loss(q, y, delta):
     """(4): q [B], y [B] -> scalar."""
-    return nn.functional.smooth_l1_loss(q, y)
+    return nn.functional.huber_loss(q, y, delta=delta)
 
 
 def descend(optimizer, loss):
@@ -214,7 +216,9 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, actions, device):
         super().__init__()
         self.args, self.columns = args, (obs_dim, 1, 1, 1, obs_dim)  # of a batch
-        critic = partial(QNetwork, obs_dim, actions, args.hidden, args.activation, args.dueling, args.layer_norm)
+        self.horizon = 1 / max(1 - args.gamma, 1e-3)  # the return of rewards of 1
+        flags = args.hidden, args.activation, args.dueling, args.layer_norm
+        critic = partial(QNetwork, obs_dim, actions, *flags, self.horizon)
         self.critic, self.target = critic(), critic().requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
         self.to(device)
@@ -230,7 +234,7 @@ class Agent(nn.Module):
             choice = (self.critic(next_obs) if self.args.double else next_q).argmax(-1, keepdim=True)  # [B, 1]
             y = q_target(reward[:, 0], terminated[:, 0], next_q.gather(-1, choice)[:, 0], self.args.gamma)  # (2), (3)
         q = self.critic(obs).gather(-1, action.long())[:, 0]  # [B]
-        loss = critic_loss(q, y)
+        loss = critic_loss(q, y, self.horizon)
         descend(self.optimizer, loss)  # (4)
         return {"loss/critic": loss.detach(), "value/mean": q.detach().mean()}
 

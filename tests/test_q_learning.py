@@ -127,18 +127,26 @@ def test_dqn_targets_by_hand(dqn):
     """One batch through the file's update, its loss from numbers: plain, double, dueling."""
     for double in (False, True):
         for dueling in (False, True):
-            agent, batch = agent_of(dqn, double=double, dueling=dueling)
-            loss = 0.0
+            agent, batch = agent_of(dqn, double=double, dueling=dueling, gamma=0.9)  # so Q is ten times the output
+            batch[:, 4] *= 10
+            loss, errors = 0.0, []
             for row in batch:
                 s, a, r, d, s2 = row[:3], int(row[3]), row[4].item(), row[5].item(), row[6:]
-                net, target = agent.critic.net(s2).tolist(), agent.target.net(s2).tolist()
-                now = agent.critic.net(s).tolist()
+                outputs = agent.critic.net(s2), agent.target.net(s2), agent.critic.net(s)
+                net, target, now = ((10 * x).tolist() for x in outputs)
                 if dueling:
                     net, target, now = ([x[0] + y - sum(x[1:]) / 4 for y in x[1:]] for x in (net, target, now))
                 chosen = net.index(max(net)) if double else target.index(max(target))
-                error = abs(now[a] - (r + 0.99 * (1 - d) * target[chosen]))
-                loss += (0.5 * error**2 if error < 1 else error - 0.5) / len(batch)
+                error = abs(now[a] - (r + 0.9 * (1 - d) * target[chosen]))
+                errors.append(error)
+                loss += (0.5 * error**2 if error < 10 else 10 * error - 50) / len(batch)
+            assert min(errors) < 10 < max(errors)  # both branches
             assert agent.update(batch)["loss/critic"].item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_without_a_discount_dqn_has_a_horizon_all_the_same(dqn):
+    agent, batch = agent_of(dqn, gamma=1.0)
+    assert agent.horizon == 1000 and np.isfinite(agent.update(batch)["loss/critic"].item())
 
 
 def test_the_dqn_update_moves_the_network_and_not_its_target(dqn):
@@ -164,7 +172,7 @@ def test_epsilon_falls_as_it_should(dqn):
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_the_greedy_action_in_numpy_is_the_one_in_torch(dqn, activation, dueling, layer_norm):
     torch.manual_seed(0)
-    network = dqn.QNetwork(3, 4, (8, 8), activation, dueling, layer_norm)
+    network = dqn.QNetwork(3, 4, (8, 8), activation, dueling, layer_norm, 100.0)
     for parameter in network.parameters():
         parameter.data = torch.randn_like(parameter)
     obs = 3 * torch.randn(50, 20, 3)
@@ -177,7 +185,7 @@ def test_the_greedy_action_in_numpy_is_the_one_in_torch(dqn, activation, dueling
 def test_layers_are_normalised_before_their_non_linearity(dqn, layer_norm):
     """Each row for itself: their scale and what they have in common make no difference."""
     torch.manual_seed(0)
-    network, obs = dqn.QNetwork(3, 4, (64, 64), "tanh", False, layer_norm), torch.randn(10, 3)
+    network, obs = dqn.QNetwork(3, 4, (64, 64), "tanh", False, layer_norm, 1.0), torch.randn(10, 3)
     before = network(obs)
     for layer in (network.net[0], network.net[2]):
         layer.weight.data = 10 * layer.weight + 1
