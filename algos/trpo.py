@@ -29,7 +29,7 @@ Kakade 2001, "A Natural Policy Gradient", which is --natural-gradient: the step 
     torchrun --nproc-per-node 4 algos/trpo.py --num-envs 8     shares the environments among four processes
 
 Final at 1M steps, mean (range) of 3 seeds, beside Spinning Up's training returns: HalfCheetah-v4 5237 (3995 to 6016),
-720; Hopper-v4 2918 (2377 to 3628), 1161; Walker2d-v4 4345 (4181 to 4572), 556.
+720; Hopper-v4 2918 (2377 to 3628), 1161; Walker2d-v4 4345 (4181 to 4572), 556. CartPole-v1 at 100k: 500 in 10 of 10.
 
 Metrics: loss/policy, -L after the step; policy/entropy before it, policy/kl from old to new; policy/step, the 0.8^j
 of (7), 0 where no j would do; loss/value (8) and value/mean of the last minibatch; episode/*, training episodes as

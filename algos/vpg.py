@@ -25,7 +25,7 @@ Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Adv
     torchrun --nproc-per-node 4 algos/vpg.py --num-envs 8      shares the environments among four processes
 
 Final at 1M steps, mean (range) of 3 seeds, beside Spinning Up's training returns: HalfCheetah-v4 2546 (2002 to 3302),
--49; Hopper-v4 2364 (731 to 3282), 391. Best on CartPole-v1 by 30k: 500 in 10 of 10 seeds.
+-49; Hopper-v4 2364 (731 to 3282), 391. CartPole-v1 at 300k: 500 in 10 of 10 seeds.
 
 Metrics: loss/policy (3) and policy/entropy before the step, policy/kl from old to new; loss/value (4) and value/mean of
 the last minibatch; episode/*, training episodes as they end; eval/*, deterministic episodes; speed/sps, environment
