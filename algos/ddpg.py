@@ -23,7 +23,7 @@ Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", ht
     python algos/ddpg.py --env-id Hopper-v4            or, in Python:   from ddpg import Args, load_policy, train
     python algos/ddpg.py --resume --run-dir runs/...   takes up a run, whose own flags are the defaults
 
-Final: HalfCheetah-v4, 100k steps, 4144 (3054 to 5006), 3 seeds; Pendulum-v1, 15k, -158 +- 36 (95 %), 6 seeds.
+Final: HalfCheetah-v4, 100k steps, 4144 (3054 to 5006), 3 seeds; Pendulum-v1, 20k, -161 +- 16 (95 %), 8 seeds.
 Hopper-v4 with --compile at 358 steps/s, SB3 184, SBX 232.
 
 Metrics: loss/critic (3), loss/actor (4); value/mean, Q of the last batch; episode/*, training episodes as they end;

@@ -25,7 +25,7 @@ Fujimoto et al. 2018, "Addressing Function Approximation Error in Actor-Critic M
     python algos/td3.py --env-id Hopper-v4             or, in Python:   from td3 import Args, load_policy, train
     python algos/td3.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
-Final: HalfCheetah-v4, 100k steps, 4803 (4483 to 5378), 3 seeds; Pendulum-v1, 15k, -159 +- 40 (95 %), 6 seeds.
+Final: HalfCheetah-v4, 100k steps, 4803 (4483 to 5378), 3 seeds; Pendulum-v1, 20k, -159 +- 16 (95 %), 8 seeds.
 Hopper-v4 with --compile at 370 steps/s, SB3 174, SBX 215.
 
 Metrics: loss/critic (3), loss/actor (4); value/mean, Q of the last batch; episode/*, training episodes as they end;
