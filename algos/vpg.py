@@ -409,8 +409,8 @@ class Run:
         self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
         (self.dir / "result.json").unlink(missing_ok=True)
 
-    def write(self, name, content):
-        """Put JSON, or what torch.save makes of it, under another name, sync, rename: a kill leaves old or new."""
+    def write(self, name, content, old=None):
+        """Put JSON or what torch.save makes under another name, sync, rename; the file before it becomes `old`."""
         new = self.dir / f"{name}.new"
         try:
             with open(new, "wb") as f:
@@ -419,6 +419,8 @@ class Run:
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
             sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
+        if old and (self.dir / name).exists():
+            os.replace(self.dir / name, self.dir / old)
         os.replace(new, self.dir / name)
 
     def save(self):
@@ -431,9 +433,7 @@ class Run:
         self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-        if (path := self.dir / "checkpoint.pt").exists():
-            os.replace(path, self.dir / "checkpoint.prev.pt")
-        self.write("checkpoint.pt", state | {"run": run, "rng": rng})
+        self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
         if self.interrupted and self.step < self.total:
             sys.exit(f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on, but differs")
 

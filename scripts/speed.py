@@ -72,7 +72,7 @@ CASES = {
     "ddpg-hopper": Case("ddpg", "Hopper-v4", (1100, 2600), OFF_POLICY, REPLAY, (256, 256)),
     "ppo-hopper": Case("ppo", "Hopper-v4", (4096, 16384), PPO, THEIR_PPO, (64, 64), 1, 2048),
     "ppo-cartpole": Case("ppo", "CartPole-v1", (10240, 61440), SMALL_PPO, THEIR_SMALL_PPO, (128, 64), 4, 128),
-    "dqn-cartpole": Case("dqn", "CartPole-v1", (4000, 24000), DQN, THEIR_DQN, (128, 128)),
+    "dqn-cartpole": Case("dqn", "CartPole-v1", (4000, 84000), DQN, THEIR_DQN, (128, 128)),
     "vpg-hopper": Case("vpg", "Hopper-v4", (4096, 16384), "--num-steps 1024 --hidden 64 64", None, (64, 64), 1, 1024),
     "trpo-hopper": Case("trpo", "Hopper-v4", (4096, 16384), "--num-steps 1024 --hidden 64 64", None, (64, 64), 1, 1024),
 }

@@ -279,7 +279,7 @@ def begin(path, folder, *flags):
         command(path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while not (folder / "policy.pt").exists():
+    while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
     return process
@@ -336,7 +336,7 @@ def test_a_full_disk_is_said_and_what_was_saved_goes_on(copied):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
     refused(process, "cannot write", "checkpoint.pt", "--resume")
-    assert not list(folder.glob("*.new"))
+    assert not list(folder.glob("*.new")) and (folder / "checkpoint.pt").stat().st_size == size + 1
     again = run(path, *flags)
     assert again.returncode == 0 and "600 of 1000" in again.stderr, again.stderr
     assert json.loads((folder / "result.json").read_text())["step"] == 1000
