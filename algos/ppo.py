@@ -686,6 +686,8 @@ def train(args):
         fits = [m for m in range(1, args.num_steps + 1) if args.num_steps % m == 0]
         sys.exit(f"error: --num-minibatches {args.num_minibatches} must divide --num-steps {args.num_steps}: {fits} do")
     stride, n = args.num_steps * args.num_envs, args.num_envs // RANKS
+    if args.norm_adv and stride == 1:
+        sys.exit("error: a rollout of one step has nothing to normalise by: more --num-steps, or --no-norm-adv")
     args = replace(args, total_timesteps=math.ceil(args.total_timesteps / stride) * stride)
     envs = [make_env(args) for _ in range(n)]
     space, mine = envs[0].action_space, slice(RANK * n, RANK * n + n)

@@ -124,6 +124,7 @@ def test_bad_flags_of_one(algo, tmp_path, monkeypatch, capsys, flags, words):
     "flags, words",
     [
         ("--num-minibatches 7", ["--num-minibatches 7", "--num-steps 50", "[1, 2, 5, 10, 25, 50]"]),
+        ("--num-steps 1 --num-minibatches 1", ["one step", "more --num-steps", "--no-norm-adv"]),
         ("--gae-lambda 2", ["--gae-lambda", "0 to 1"]),
         ("--env-id probes:probe/Matrix-v0", ["Discrete(n)", "flat Box", "(2, 2)"]),
         ("--env-id probes:probe/FromOne-v0", ["Discrete(n)", "start=1"]),
