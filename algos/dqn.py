@@ -30,7 +30,7 @@ Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", https://ar
     python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
 CartPole-v1, the last evaluation at 60k steps, ten seeds: 495, 456 to 500; CleanRL's training returns at 500k are 489.
-7461 steps/s, before (4) had its horizon, with the flags of scripts/speed.py and --compile, SB3 2886, SBX 2530.
+5130 steps/s with the flags of scripts/speed.py and --compile, Stable-Baselines3 1915, SBX 2078, in one run.
 
 Metrics: loss/critic (4); value/mean, Q of the last batch; explore/epsilon (1); episode/*, training episodes as they
 end; eval/*, greedy episodes; speed/sps, environment steps a second since the run began, everything included.
