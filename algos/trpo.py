@@ -37,8 +37,9 @@ they end; eval/*, deterministic episodes; speed/sps, environment steps a second 
 
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
- 2. Advantages are normalised over the rollout: that changes neither the direction nor the length of (6).
- 3. Observations and rewards are normalised by running statistics, which are the policy's and move between rollouts.
+ 2. Advantages are normalised over the rollout: a mean of 0 leaves less noise in g, their scale no trace in (6).
+ 3. Observations are normalised by running statistics, which are the policy's and move between rollouts; rewards are
+    divided by the running spread of their discounted sum.
  4. (4) differentiates the divergence itself twice: no approximation by sampled gradients, and no matrix either.
  5. The policy steps first: a value function that had seen the rollout would explain its advantages away.
  6. A minibatch takes equally from every environment, so that ranks can share it.

@@ -34,7 +34,8 @@ steps a second since the run began, everything included.
 What matters beyond the equations:
  1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
  2. Advantages are normalised over the rollout, which makes the learning rate fit any reward.
- 3. Observations and rewards are normalised by running statistics, which are the policy's and move between rollouts.
+ 3. Observations are normalised by running statistics, which are the policy's and move between rollouts; rewards are
+    divided by the running spread of their discounted sum.
  4. The policy steps first: a value function that had seen the rollout would explain its advantages away.
  5. A minibatch takes equally from every environment, so that ranks can share it.
  6. The policy's last layer starts at a hundredth of its size, and its spread in a box at 0.6 half widths, not 1.

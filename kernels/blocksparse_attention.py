@@ -39,7 +39,8 @@ density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
 the best of 12 (with backward: of 8) beside dense SDPA in turn, on a machine whose speed varies by half from minute to
-minute: three more such runs gave 9.2 to 9.6 and 9.0 to 10.7 times dense at 5 %, 3.9 to 4.3 and 4.0 to 4.7 at 12.3 %:
+minute: three more such runs gave, forward and with backward, 9.2 to 9.6 and 9.0 to 10.7 times dense at 5 %, 3.9 to 4.3
+and 4.0 to 4.7 at 12.3 %:
 
     density      forward    times dense       with backward    times dense
        5.0 %       39 ms        8.6 x              119 ms          8.0 x
@@ -54,7 +55,7 @@ What matters beyond the equations:
  1. The layout is in compressed rows and columns: memory linear in the blocks, built without loops in Python.
  2. -inf masks, and never a large number; a maximum of -inf is replaced before it is subtracted.
  3. The kernels put blocks into tiles of 64 or 128, of which 64 bits say which sub-blocks live. They run over whole
-    tiles first, with no mask at all, then over those that a mask, the diagonal or an end cuts.
+    tiles first, with no mask but that of kv_lens, then over those that a mask, the diagonal or an end cuts.
  4. In those, keys that no query sees and queries that see no key are set to 0 first: 0 NaN is NaN.
  5. In the kernels the scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
  6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.

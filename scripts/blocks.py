@@ -8,7 +8,8 @@ level and whole: with the decorators and the comments directly above it, to its 
 blocks; --write never adds or removes one. --check also wants every line of the plumbing to belong to a block, since it
 would go unguarded, and holds the files to their length.
 
-What is not plumbing has a fingerprint, by which raw curves name the algorithm that made them (scripts/plot.py --save).
+What stands above it, from Args on, has a fingerprint, by which raw curves name the algorithm that made them
+(scripts/plot.py --save).
 """
 
 import ast

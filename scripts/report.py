@@ -1,7 +1,7 @@
 """Make a report of runs: one page with their curves, figures, commands and raw data, which needs nothing but a browser.
 
     python scripts/report.py runs -o report.html                   all runs in a folder, at any depth
-    python scripts/report.py results/*.jsonl runs/new --est iqm    committed raw curves beside runs; interquartile means
+    python scripts/report.py results/mujoco.jsonl runs --est iqm   committed raw curves beside runs; interquartile means
 
 What a run is, which runs make a line and how these are brought to the same steps is as in plot.py. A folder that is
 broken or half-written is left out and named, here and on the page, with the reason; a run under way is shown as far as

@@ -10,7 +10,7 @@ Every run is a whole process, of which there are two lengths: steps/s are the di
 difference of the times, so that imports, set-up and the random steps at first cancel out. All are kept to as many cores
 as they have threads. A round times each contestant once, one after the other; what is quoted are the medians of the
 rounds, and the ratio is the median of the ratios within a round, since a machine's speed drifts. Peers run where they
-are installed: `pip install stable-baselines3 sbx-rl`. Evaluations and checkpoints are off.
+are installed: `pip install stable-baselines3 sbx-rl`. There are no evaluations, and no checkpoint but the last.
 
 The bound is what no way of writing it could pass here in float32: the matrix products of the updates, counted while the
 file runs, at the rate that this machine reaches on products of their size, plus the bare stepping of the environment.
