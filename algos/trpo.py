@@ -384,7 +384,12 @@ def make_env(args, film=None):
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
     film and sys.platform == "linux" and not os.environ.get("DISPLAY") and os.environ.setdefault("MUJOCO_GL", "egl")
-    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+    try:
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+        film and env.reset() and env.render()  # which would fail at the first evaluation
+    except Exception as error:  # of which each library that draws has its own
+        film and sys.exit(f"error: cannot film {args.env_id}: {error}: leave out --capture-video, or set MUJOCO_GL")
+        raise
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
     env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
@@ -412,6 +417,7 @@ class Run:
         if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
             sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
         saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
+        token = saved.get("id") or os.urandom(4).hex()  # since a folder elsewhere may have the same name
         saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
         if changed := [f"{k} {saved.get(k)}" for k in fixed if flags[k] != saved.get(k) and k != "total_timesteps"]:
             sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
@@ -428,11 +434,12 @@ class Run:
             board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
             self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
         elif args.track != "none":
-            os.environ.setdefault("WANDB_RUN_ID", self.dir.name)  # so that a resumed run is the same run there
+            os.environ["WANDB_RUN_ID"] = name = f"{self.dir.name}-{token}"  # a resumed run is the same run there
             tracker = importlib.import_module(args.track)
-            tracker.init(project="onefile", name=self.dir.name, config=flags, resume="allow")
+            tracker.init(project="onefile", name=name, config=flags, resume="allow")
             self.mirror = lambda row: tracker.log(row, step=self.step)
-        self.write("config.json", config | {"versions": {"python": sys.version.split()[0]} | versions})
+        (self.dir / "result.json").unlink(missing_ok=True)
+        self.write("config.json", config | {"id": token, "versions": {"python": sys.version.split()[0]} | versions})
 
     def restore(self):
         """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
@@ -457,7 +464,6 @@ class Run:
                 sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away to begin anew")
         self.began = time.monotonic() - seconds
         self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
-        (self.dir / "result.json").unlink(missing_ok=True)
 
     def write(self, name, content, old=None):
         """Put JSON or what torch.save makes under another name, sync, rename; the file before it becomes `old`."""
@@ -474,9 +480,9 @@ class Run:
         os.replace(new, self.dir / name)
 
     def save(self):
-        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt."""
+        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt; a box may have no bounds."""
         state = {k: v[: self.step].clone() if torch.is_tensor(v) else v.state_dict() for k, v in self.parts.items()}
-        if not all(value.isfinite().all() for value in state["agent"].values()):
+        if not all(x.isfinite().all() for name, x in state["agent"].items() if name not in ("actor.low", "actor.high")):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
         actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
@@ -581,10 +587,13 @@ class Follower(Run):
 
 
 def join(run):
-    """Send what rank 0 restored to the others."""
-    state = [run.step, torch.get_rng_state(), {name: part.state_dict() for name, part in run.parts.items()}]
+    """Send what rank 0 restored to the others, which must have its flags."""
+    flags, parts = asdict(run.args), {name: part.state_dict() for name, part in run.parts.items()}
+    state = [run.step, torch.get_rng_state(), parts, flags]
     collective(distributed.broadcast_object_list, state)
-    run.step, rng, parts = state
+    run.step, rng, parts, theirs = state
+    if other := [name for name in [*flags][: [*flags].index("device")] if flags[name] != theirs[name]]:
+        sys.exit(f"error: rank {RANK} has another {other[0]} than rank 0: type all flags, or share --run-dir")
     torch.set_rng_state(rng)
     for name, part in run.parts.items():
         part.load_state_dict(parts[name])
@@ -597,6 +606,7 @@ def affine_in_parts(bias, x, weight):
 
 def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
     """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
+    assert not any(options[name] for name in ("weight_decay", "amsgrad", "maximize")), "it is plain Adam"
     for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
         mean.lerp_(gradient, 1 - beta1)
         square.lerp_(gradient.square(), 1 - beta2)
@@ -707,11 +717,11 @@ def train(args):
     above_0 = "num_steps update_epochs num_minibatches vf_lr target_kl cg_iters search_steps hidden"
     if RANKS > 1 and args.compile:
         sys.exit("error: --compile is for one process, since it cannot compile what ranks exchange: leave it out")
+    local = RANKS > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
+    place = f"cuda:{os.environ['LOCAL_RANK']}" if local else args.device
     if RANKS > 1 and not distributed.is_initialized():
-        if args.device == "auto" and torch.cuda.is_available():
-            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    device = start(args, above_0, "damping", "gamma gae_lambda")
+        distributed.init_process_group("nccl" if place.startswith("cuda") else "gloo")
+    device = start(replace(args, device=place), above_0, "damping", "gamma gae_lambda")
     if args.num_envs % RANKS:
         sys.exit(f"error: --num-envs {args.num_envs} cannot be shared by {RANKS} ranks: choose a multiple of {RANKS}")
     if args.num_steps % args.num_minibatches:

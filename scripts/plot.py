@@ -194,7 +194,10 @@ def collect(args):
 
     lines, seeds, without, raw = defaultdict(lambda: defaultdict(list)), defaultdict(list), [], []
     for run in runs.values():
-        x, y = curve(run.rows, args.x, args.value)
+        try:
+            x, y = curve(run.rows, args.x, args.value)
+        except (ValueError, TypeError):
+            sys.exit(f"error: {args.x} or {args.value} is not a number in {run.path}: take another --value")
         if len(x):
             lines[run.env_id][run.label].append((x, smooth(y, args.smooth)))
             seeds[run.env_id, run.label].append(run.seed)

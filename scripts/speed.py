@@ -339,8 +339,8 @@ def main(args):
         groups = summary(loaded or measure(args))
         print(table(groups))
         draw(groups, args.output)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

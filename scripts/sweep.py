@@ -170,7 +170,10 @@ def typed(name, value):
     """A flag and its value as they are typed: booleans have no value, some flags have many."""
     if value.lower() in ("true", "false"):
         return [f"--{'no-' * (value.lower() == 'false')}{dashed(name)}"]
-    return [f"--{dashed(name)}", *shlex.split(value)]
+    try:
+        return [f"--{dashed(name)}", *shlex.split(value)]
+    except ValueError as error:
+        sys.exit(f"error: --set {dashed(name)} {value}: {error}")
 
 
 def plan(args):
@@ -185,8 +188,9 @@ def plan(args):
         for seed, algo in itertools.product(grid["seeds"], algos):
             module, own = load(algo), axes(algo, grid["set"])
             envs = grid["envs"] or [module.Args().env_id]
+            steps = str(module.Args().total_timesteps)  # typed, since a run that is resumed has its own otherwise
             for env_id, values in itertools.product(envs, itertools.product(*own.values())):
-                chosen = {"threads": "1"} | dict(zip(own, values))
+                chosen = {"threads": "1", "total_timesteps": steps} | dict(zip(own, values))
                 named = [f"{dashed(name)}={chosen[name]}" for name in own if len(own[name]) > 1 and name != "exp_name"]
                 label = safe("__".join([chosen[name] for name in own if name == "exp_name"] + named))
                 chosen |= {"env_id": env_id, "seed": str(seed)} | ({"exp_name": label} if label else {})
@@ -310,7 +314,10 @@ def connect(args):
     try:
         ray.init(args.ray_address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: cannot join Ray at {args.ray_address}: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        sys.exit(
+            f"error: cannot join Ray at {args.ray_address}: {reason}; if it wants a token, set RAY_AUTH_MODE=token"
+        )
     for name, asked in (("CPU", args.cpus), ("GPU", args.gpus)):
         most = max(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
         if asked > most:

@@ -123,6 +123,7 @@ for name, make in {
     "Observed": partial(Probe, reward=lambda probe, action: float(probe.draw)),
     "Delayed": partial(Probe, length=2, reward=delayed),
     "Acted": partial(Probe, reward=squarely),
+    "Free": partial(Probe, length=5, low=-np.inf, high=np.inf),
     "Wide": partial(Probe, low=-3.0, high=3.0, reward=near(2.0)),
     "Cut": partial(Blind, length=5, ends=False),
     "Ended": partial(Probe, length=5),

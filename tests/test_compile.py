@@ -75,6 +75,21 @@ def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64, capsys):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(compiled)  # each in one piece
 
 
+def test_an_adam_with_other_options_goes_on_as_it_was(sac, capsys):
+    """One that a reader may have given weight decay, of which the compiled one would know nothing."""
+    agents = []
+    for wrap in (lambda update: update, sac.Compiled):
+        agents.append(agent := agent_of(sac, "cpu"))
+        agent.critic_optimizer.param_groups[0]["weight_decay"] = 10.0
+        update = wrap(agent.update)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            update(torch.randn(8, 10))
+    assert "goes on without --compile: AssertionError: it is plain Adam" in capsys.readouterr().err
+    for name, value in agents[0].state_dict().items():
+        assert torch.equal(agents[1].state_dict()[name], value), name
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -228,6 +228,12 @@ def test_resuming_where_nothing_is_begins_a_run(path, tmp_path):
     assert process.returncode == 0 and (tmp_path / "new" / "result.json").exists(), process.stderr
 
 
+@two
+def test_what_cannot_be_filmed_is_said_before_anything_runs(path, tmp_path, monkeypatch, capsys):
+    flags = "--capture-video --env-id probes:probe/Ended-v0"
+    refused_here(path, tmp_path, monkeypatch, capsys, flags, ["cannot film probes:probe/Ended-v0", "--capture-video"])
+
+
 @pytest.mark.slow
 @two
 def test_a_folder_with_the_metrics_of_somebody_else_is_not_emptied(path, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -353,6 +354,33 @@ def test_a_rank_that_dies_ends_the_others_and_spares_the_checkpoint(tmp_path, pp
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0] % 200 == 0
     again = run(ROOT / "algos" / "ppo.py", "--resume", "--run-dir", folder, "--total-timesteps", "400")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_ranks_with_other_flags_are_refused(tmp_path):
+    """As on two machines of which one does not see the run folder that the other resumes from."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = []
+    for rank, clip in enumerate(("0.1", "0.2")):
+        flags = [*SHARED, "--clip-coef", clip, "--run-dir", tmp_path / str(rank)]
+        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        line = command(ROOT / "algos" / "ppo.py", *flags)
+        processes.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert "rank 0 has lost another one" in said[0]
+    assert "rank 1 has another clip_coef than rank 0: type all flags, or share --run-dir" in said[1]
+
+
+@pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
+def test_actions_without_bounds_are_taken_as_they_are(path, tmp_path):
+    """And the run is saved, whose infinite bounds are no weights."""
+    module = load(path)
+    module.train(module.Args(env_id="probe/Free-v0", total_timesteps=40, run_dir=str(tmp_path / "run"), **SMALL_RUN))
+    actions = module.load_policy(tmp_path / "run", deterministic=False)(np.zeros((1000, 2)))
+    assert np.isfinite(actions).all() and actions.std() == pytest.approx(np.exp(-0.5), rel=0.2)
 
 
 def test_environments_that_cannot_be_shared_are_refused(tmp_path):

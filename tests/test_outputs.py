@@ -1,5 +1,6 @@
 """What a run shows beside its metrics: trackers, videos, progress."""
 
+import json
 import re
 
 import pytest
@@ -24,10 +25,25 @@ def test_tensorboard_mirrors_the_metrics(path, tmp_path):
 @pytest.mark.slow
 @two
 def test_a_tracker_that_is_not_installed_is_named(path, tmp_path):
-    process = run(path, "--track", "trackio", "--run-dir", tmp_path / "run", cwd=tmp_path)
+    folder, track = tmp_path / "run", ["--track", "trackio", "--run-dir", tmp_path / "run"]
+    process = run(path, *track, cwd=tmp_path)
     assert process.returncode != 0 and "No module named 'trackio'" in process.stderr
     assert "Traceback" not in process.stderr
-    assert run(path, "--run-dir", tmp_path / "run").returncode == 0  # nothing is left behind that stands in the way
+    assert run(path, "--run-dir", folder).returncode == 0  # nothing is left behind that stands in the way
+    result = (folder / "result.json").read_bytes()
+    assert "No module named 'trackio'" in run(path, "--resume", *track, cwd=tmp_path).stderr
+    assert (folder / "result.json").read_bytes() == result  # that run is as done as it was
+
+
+@pytest.mark.slow
+@two
+def test_a_run_has_an_id_of_its_own_which_it_keeps(path, tmp_path):
+    """What trackers know it by: folders of the same name are others, a run that is resumed is the same one."""
+    ids = []
+    for folder, flags in (("a/run", []), ("b/run", []), ("a/run", ["--resume"])):
+        assert run(path, *flags, "--run-dir", tmp_path / folder).returncode == 0
+        ids.append(json.loads((tmp_path / folder / "config.json").read_text())["id"])
+    assert ids[0] == ids[2] != ids[1]
 
 
 @pytest.mark.slow

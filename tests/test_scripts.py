@@ -467,6 +467,8 @@ def test_plot_errors(tmp_path, capsys):
     write_run(tmp_path / "one", points=[(0, 1.0), (10, 2.0)])
     error("lacks env_id, algo or seed.* give its folder", tmp_path / "one" / "metrics.jsonl")
     error("--smooth is 0", tmp_path, smooth=0)
+    (tmp_path / "raw.jsonl").write_text('{"env_id": "A-v0", "algo": "sac", "seed": 1, "step": 1, "code": "a1"}\n')
+    error("step or code is not a number in .*raw.jsonl", tmp_path / "raw.jsonl", value="code")
     with pytest.raises(SystemExit, match="must end in .png"):
         plot.main(plot.Args((tmp_path,), output=Path("a.xyz")))
     write_run(tmp_path / "two", points=[(20, 1.0)])

@@ -73,6 +73,11 @@ def test_a_round_without_peers_is_not_set_beside_theirs(speed):
     assert speed.summary([*rows, measured("ours", 1, 8)])[0][3]["ours"] == (5, 5, 5)
 
 
+def test_a_device_that_is_not_there_is_said(tmp_path):
+    done = call("--device", "nonsense", "--cases", "ppo-cartpole", "--peers", cwd=tmp_path)
+    assert done.returncode != 0 and "nonsense" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_what_could_not_be_compiled_is_not_timed_as_if_it_were(speed, monkeypatch):
     warning = "import sys; sys.stderr.write('warning: goes on without --compile: ')"
     monkeypatch.setattr(speed, "command", lambda *_: [sys.executable, "-c", warning])

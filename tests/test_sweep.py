@@ -66,9 +66,10 @@ def test_every_combination(tmp_path):
     kinds = [f"{env}__ppo__clip-coef={clip}" for env in ("Hopper-v4", "Pendulum-v1") for clip in (0.1, 0.2)]
     kinds += ["Hopper-v4__sac", "Pendulum-v1__sac"]
     assert list(runs) == [f"{kind}__{seed}" for seed in (3, 4) for kind in kinds]
-    wanted = "--threads 1 --gamma 0.9 --clip-coef 0.2 --env-id Pendulum-v1 --seed 4 --exp-name clip-coef=0.2"
+    plain = "--threads 1 --total-timesteps 1000000 --gamma 0.9"  # the steps, or a resumed run would keep its own
+    wanted = f"{plain} --clip-coef 0.2 --env-id Pendulum-v1 --seed 4 --exp-name clip-coef=0.2"
     assert runs["Pendulum-v1__ppo__clip-coef=0.2__4"] == wanted
-    assert runs["Hopper-v4__sac__3"] == "--threads 1 --gamma 0.9 --env-id Hopper-v4 --seed 3"
+    assert runs["Hopper-v4__sac__3"] == f"{plain} --env-id Hopper-v4 --seed 3"
 
 
 def test_values_of_many_kinds(tmp_path):
@@ -79,7 +80,7 @@ def test_values_of_many_kinds(tmp_path):
     )
     assert list(runs) == [f"Hopper-v4__sac__hidden={h}__autotune={a}__1" for h in ("64-64", 8) for a in (True, False)]
     assert runs["Hopper-v4__sac__hidden=64-64__autotune=False__1"].startswith(
-        "--threads 2 --hidden 64 64 --no-autotune"
+        "--threads 2 --total-timesteps 1000000 --hidden 64 64 --no-autotune"
     )
 
 
@@ -105,6 +106,7 @@ def test_the_nearest_match_is_named(tmp_path):
     refused("named sca: did you mean sac", algos=("sac",), set=(("sca.tau", "1"),), **here)
     refused("2", algos=("ppo",), set=(("clip-coef", "wide"),), **here)  # tyro's exit status, after its message
     refused("needs the values", algos=("ppo",), set=(("clip-coef",),), **here)
+    refused("--set hidden .*: No closing quotation", algos=("ppo",), set=(("hidden", '"64'),), **here)
     refused("take --seeds", algos=("ppo",), set=(("seed", "1"),), **here)
     refused("--algos is missing", **here)
     assert not here["run_dir"].exists()
