@@ -606,7 +606,7 @@ def affine_in_parts(bias, x, weight):
 
 def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
     """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
-    assert not any(options[name] for name in ("weight_decay", "amsgrad", "maximize")), "it is plain Adam"
+    assert not any(options[name] for name in ("weight_decay", "amsgrad", "maximize")), "plain Adam is all it compiles"
     for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
         mean.lerp_(gradient, 1 - beta1)
         square.lerp_(gradient.square(), 1 - beta2)
