@@ -90,7 +90,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, in numpy
 BLOCKS = (8, 16, 32, 64, 128)
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-CHUNK = 2**19  # scores that the PyTorch path holds at a time, unless one row has more
+CHUNK = 2**17  # scores that the PyTorch path holds at a time for each thread, unless one row has more
 
 
 # ==== the layout ======================================================================================================
@@ -351,10 +351,12 @@ def prefix_lm(sq, sk, block_size, prefix, device=None):
 
 # ==== the PyTorch path ================================================================================================
 def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
-    """Rows of query blocks, or of key blocks, batched by their number of blocks, some CHUNK scores at a time.
+    """Rows of query blocks, or of key blocks, in groups of equally many blocks, and these in chunks.
 
-    Yields rows [R] and blocks [R n], as numbers of blocks of q and of k, and a mask [R, b, t b] of the last t blocks of
-    each row, or None where t is 0: only blocks that need a mask are there, or whole ones to fill up.
+    Returns the order of the rows [rows], the most blocks in a chunk, and an iterator over the groups: slice of the
+    order, number n of blocks in a row, and an iterator over slices of R rows of the group, with their blocks [R n], as
+    numbers of blocks of k or of q, and a mask [R, b, t b] of the last t blocks of each row, or None where t is 0: only
+    blocks that need a mask are there, or whole ones to fill up.
     """
     (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
     seg, idx, _, _, part, _ = layout[6:12] if by_key else layout[:6]
@@ -387,23 +389,35 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     order = (count * (len(row) + 1) + tail).argsort()
     by_row = (order.argsort()[row] * 2 + partial).argsort(stable=True)
     block, entry, i, j, stop = (x[by_row] for x in (block, entry, i, j, stop))
-    numbers, groups = count[order].unique_consecutive(return_counts=True)
-    tails, rows_done, start = tail[order].tolist(), 0, 0
-    for n, rows in zip(numbers.tolist(), order.split(groups.tolist())):
-        for rows in rows.split(max(1, CHUNK // max(1, n * b * b))):
-            rows_done, first, start = rows_done + len(rows), start, start + len(rows) * n
-            t, mask = tails[rows_done - 1], None  # the rows of a group have them in ascending order
-            if t:
-                late = torch.arange(first, start, device=q.device).view(-1, n)[:, n - t :]
-                query, key = i[late][..., None, None] * b + arange[:, None], j[late][..., None, None] * b + arange
-                mask = (query < Sq) & (key < stop[late][..., None, None])  # [R, t, b of queries, b of keys]
-                if causal:
-                    mask &= key <= query + shift
-                if len(part):
-                    which = part[entry[late]].long()
-                    mask &= unpack(layout[12][which.clamp(min=0)]) | (which < 0)[..., None, None]
-                mask = (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
-            yield rows, block[first:start], mask
+    numbers, groups = (x.tolist() for x in count[order].unique_consecutive(return_counts=True))
+    tails, threads = tail[order].tolist(), torch.get_num_threads()
+
+    def mask_of(blocks, n, t):
+        late = torch.arange(blocks.start, blocks.stop, device=q.device).view(-1, n)[:, n - t :]
+        query, key = i[late][..., None, None] * b + arange[:, None], j[late][..., None, None] * b + arange
+        mask = (query < Sq) & (key < stop[late][..., None, None])  # [R, t, b of queries, b of keys]
+        if causal:
+            mask &= key <= query + shift
+        if len(part):
+            which = part[entry[late]].long()
+            mask &= unpack(layout[12][which.clamp(min=0)]) | (which < 0)[..., None, None]
+        return (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
+
+    def slices(n, R, rows, first):
+        for begin in range(rows.start, rows.stop, R):
+            end = min(begin + R, rows.stop)
+            some = slice(first + (begin - rows.start) * n, first + (end - rows.start) * n)
+            t = tails[end - 1]  # ascending in a group
+            yield slice(begin - rows.start, end - rows.start), block[some], mask_of(some, n, t) if t else None
+
+    spans, most, done, first = [], 0, 0, 0
+    for n, rows in zip(numbers, groups):
+        fit = max(1, round(CHUNK / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
+        R = -(-rows // -(-rows // fit) // threads) * threads  # parts of about one size
+        span = slice(done, done + rows)
+        spans.append((span, n, slices(n, R, span, first) if n else ()))
+        most, done, first = max(most, min(R, rows) * n), done + rows, first + rows * n
+    return order, most, spans
 
 
 def to_blocks(x, b):
@@ -417,23 +431,10 @@ def from_blocks(x, shape):
     return x.view(*shape[:2], -1, *x.shape[2:])[:, :, : shape[2]].contiguous()
 
 
-class Pool(dict):
-    """Named buffers that are used again, since fresh pages cost as much as arithmetic."""
-
-    def __init__(self, like, dtype):
-        self.like, self.dtype = like, dtype
-
-    def get(self, name, *shape):
-        size = math.prod(shape)
-        if name not in self or self[name].numel() < size:
-            self[name] = None  # give the old one back first
-            self[name] = self.like.new_empty(size, dtype=self.dtype)
-        return self[name][:size].view(shape)
-
-    def take(self, name, x, rows):
-        """x[rows] in the type to compute in."""
-        out = self.get(name, len(rows), *x.shape[1:])
-        return torch.index_select(x, 0, rows, out=out) if x.dtype == self.dtype else out.copy_(x.index_select(0, rows))
+def take(x, rows, out):
+    """x[rows] in the beginning of `out`, and in its type."""
+    out = out[: len(rows)]
+    return torch.index_select(x, 0, rows, out=out) if x.dtype == out.dtype else out.copy_(x.index_select(0, rows))
 
 
 def accurate(x):
@@ -455,27 +456,34 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out.contiguous(), lse.contiguous()
     Q, K, V = (to_blocks(x, b) for x in (q, k, v))
-    out, lse, pool = torch.empty_like(Q), Q.new_empty(Q.shape[:2], dtype=dtype), Pool(q, dtype)
-    for rows, blocks, mask in chunks(layout, sizes, q, k, kv_lens, causal, by_key=False):
-        R, n = len(rows), len(blocks) // len(rows)
-        if not n:
-            out[rows], lse[rows] = 0, -math.inf
-            continue
-        x, y = pool.take("q", Q, rows), pool.take("k", K, blocks).view(R, n * b, D)
-        t = 0 if mask is None else mask.shape[2]
-        unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
-        t and y[:, n * b - t :].masked_fill_(unseen, 0)
-        s = torch.bmm(x.mul_(scale), y.mT, out=pool.get("s", R, b, n * b))  # (1)
-        t and s[:, :, n * b - t :].masked_fill_(~mask, -math.inf)
-        m = s.amax(-1, keepdim=True)
-        t and m.masked_fill_(m == -math.inf, 0)  # a row that sees nothing
-        s.sub_(m).exp_()
-        total = s.sum(-1, keepdim=True)
-        y = pool.take("k", V, blocks).view(R, n * b, D)
-        t and y[:, n * b - t :].masked_fill_(unseen, 0)
-        o = torch.bmm(s, y, out=pool.get("o", R, b, D)).div_(total.masked_fill(total == 0, 1) if t else total)  # (3)
-        out.index_copy_(0, rows, o.to(q.dtype))
-        lse.index_copy_(0, rows, m.add_(total.log_())[..., 0])  # (2)
+    order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
+    out, y_, s_ = torch.empty_like(Q), Q.new_empty(most, b, D, dtype=dtype), Q.new_empty(most * b * b, dtype=dtype)
+    m, total = (Q.new_zeros(Q.shape[:2], dtype=dtype) for _ in range(2))
+    large = q.is_cuda  # whether exp needs a maximum; a GPU would have to wait to know
+    for span, n, slices in groups:
+        X = Q.index_select(0, order[span]).to(dtype).mul_(scale)  # whose rows give way to those of the output
+        n or X.zero_()
+        M, T = m[span], total[span]
+        for at, blocks, mask in slices:
+            x, R, t = X[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
+            unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
+            y = take(K, blocks, y_).view(R, n * b, D)
+            t and y[:, n * b - t :].masked_fill_(unseen, 0)
+            s = torch.bmm(x, y.mT, out=s_[: len(blocks) * b * b].view(R, b, n * b))  # (1)
+            if not (t or large):
+                low, high = torch.sum(s.exp_(), -1, out=T[at]).aminmax()
+                large = not (1e-12 < low.item() and high.item() < 1e12)  # from here on
+                large and torch.bmm(x, y.mT, out=s)
+            if t or large:
+                t and s[:, :, n * b - t :].masked_fill_(~mask, -math.inf)
+                peak = torch.amax(s, -1, out=M[at])
+                t and peak.masked_fill_(peak == -math.inf, 0)  # a row that sees nothing
+                torch.sum(s.sub_(peak[..., None]).exp_(), -1, out=T[at])
+            y = take(V, blocks, y_).view(R, n * b, D)
+            t and y[:, n * b - t :].masked_fill_(unseen, 0)
+            torch.bmm(s, y, out=x)
+        out.index_copy_(0, order[span], X.div_(T.masked_fill(T == 0, 1)[..., None]).to(q.dtype))  # (3)
+    lse = torch.empty_like(m).index_copy_(0, order, total.log_().add_(m))  # (2)
     return from_blocks(out, q.shape), from_blocks(lse, q.shape)
 
 
@@ -491,33 +499,35 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
     delta = (delta - dlse).masked_fill_(empty, 0)  # (5), and whatever came for an empty row
     ends = lse.masked_fill(empty, math.inf)  # exp(s - inf) is 0
     delta, ends = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (ends, math.inf)))
+    order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=True)
+    x_, g_ = (Q.new_empty(most, b, D, dtype=dtype) for _ in range(2))
+    p_, ds_ = (Q.new_empty(most * b * b, dtype=dtype) for _ in range(2))
     dq, dk, dv = torch.zeros_like(Q, dtype=dtype), torch.empty_like(K), torch.empty_like(V)
-    pool = Pool(q, dtype)
-    for rows, blocks, mask in chunks(layout, sizes, q, k, kv_lens, causal, by_key=True):
-        R, n = len(rows), len(blocks) // len(rows)
-        if not n:
-            dk[rows], dv[rows] = 0, 0
-            continue
-        x, g = (pool.take(name, z, blocks).view(R, n * b, D) for name, z in (("q", Q), ("do", dO)))
-        y, z = pool.take("k", K, rows), pool.take("v", V, rows)
-        t = 0 if mask is None else mask.shape[2]
-        if t:  # no 0 may meet the NaN of an unseen key, or of a query that sees none
-            blind = ~mask.any(1)[..., None]
-            x[:, n * b - t :].masked_fill_(blind, 0)
-            g[:, n * b - t :].masked_fill_(blind, 0)
-            if t == n * b:
-                unseen = ~mask.any(2)[..., None]
-                y.masked_fill_(unseen, 0)
-                z.masked_fill_(unseen, 0)
-        p, ds = pool.get("p", R, b, n * b), pool.get("ds", R, b, n * b)  # [R, keys, queries]
-        torch.bmm(y.mul_(scale), x.mT, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
-        t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
-        dv.index_copy_(0, rows, torch.bmm(p, g, out=pool.get("o", R, b, D)).to(q.dtype))  # (7)
-        torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
-        dk.index_copy_(0, rows, torch.bmm(ds, x, out=pool.get("o", R, b, D)).mul_(scale).to(q.dtype))  # (9)
-        torch.bmm(ds.mT, y, out=x)
-        dq.index_add_(0, blocks, x.view(-1, b, D))  # (8)
-    dq, dk, dv = from_blocks(dq, q.shape), from_blocks(dk, k.shape), from_blocks(dv, v.shape)
+    for span, n, slices in groups:
+        Y, Z = (x.index_select(0, order[span]).to(dtype) for x in (K, V))  # which give way to their gradients
+        n or (Y.zero_(), Z.zero_())
+        Y.mul_(scale)
+        for at, blocks, mask in slices:
+            y, z, R, t = Y[at], Z[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
+            x, g = take(Q, blocks, x_).view(R, n * b, D), take(dO, blocks, g_).view(R, n * b, D)
+            if t:  # no 0 may meet the NaN of an unseen key, or of a query that sees none
+                blind = ~mask.any(1)[..., None]
+                x[:, n * b - t :].masked_fill_(blind, 0)
+                g[:, n * b - t :].masked_fill_(blind, 0)
+                if t == n * b:
+                    unseen = ~mask.any(2)[..., None]
+                    y.masked_fill_(unseen, 0)
+                    z.masked_fill_(unseen, 0)
+            p, ds = (u[: len(blocks) * b * b].view(R, b, n * b) for u in (p_, ds_))  # [R, keys, queries]
+            torch.bmm(y, x.mT, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
+            t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
+            torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
+            torch.bmm(p, g, out=z)  # (7)
+            dq.index_add_(0, blocks, torch.bmm(ds.mT, y, out=g).view(-1, b, D))  # (8)
+            torch.bmm(ds, x, out=y).mul_(scale)  # (9)
+        dk.index_copy_(0, order[span], Y.to(q.dtype))
+        dv.index_copy_(0, order[span], Z.to(q.dtype))
+    dq, dk, dv = from_blocks(dq, q.shape), from_blocks(dk, k.shape), from_blocks(dv, k.shape)
     return dq.to(q.dtype), dk, dv
 
 
@@ -526,21 +536,21 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
     b, D, dtype = sizes[2], q.shape[3], accurate(q)
     Q, K, V = (to_blocks(x, b).to(dtype) for x in (q, k, v))
     out, lse = torch.zeros_like(Q), Q.new_full(Q.shape[:2], -math.inf)
-    for rows, blocks, mask in chunks(layout, sizes, q, k, kv_lens, causal, by_key=False):
-        R, n = len(rows), len(blocks) // len(rows)
-        if not n:
-            continue
-        live = torch.ones(R, b, n * b, dtype=torch.bool, device=q.device)
-        if mask is not None:
-            live[..., n * b - mask.shape[2] :] = mask
-        y, z = (x[blocks].view(R, n * b, D).masked_fill(~live.any(1)[..., None], 0) for x in (K, V))
-        s = (Q[rows] @ y.mT * scale).masked_fill(~live, -math.inf)
-        m = s.detach().amax(-1, keepdim=True)
-        p = (s - m.masked_fill(m == -math.inf, 0)).exp()
-        total = p.sum(-1, keepdim=True)
-        some = total.masked_fill(total == 0, 1)
-        out = out.index_copy(0, rows, p @ z / some)
-        lse = lse.index_copy(0, rows, torch.where(total == 0, -math.inf, m + some.log())[..., 0])
+    order, _, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
+    for span, n, slices in groups:
+        for at, blocks, mask in slices:
+            rows, R = order[span][at], at.stop - at.start
+            live = torch.ones(R, b, n * b, dtype=torch.bool, device=q.device)
+            if mask is not None:
+                live[..., n * b - mask.shape[2] :] = mask
+            y, z = (x[blocks].view(R, n * b, D).masked_fill(~live.any(1)[..., None], 0) for x in (K, V))
+            s = (Q[rows] @ y.mT * scale).masked_fill(~live, -math.inf)
+            m = s.detach().amax(-1, keepdim=True)
+            p = (s - m.masked_fill(m == -math.inf, 0)).exp()
+            total = p.sum(-1, keepdim=True)
+            some = total.masked_fill(total == 0, 1)
+            out = out.index_copy(0, rows, p @ z / some)
+            lse = lse.index_copy(0, rows, torch.where(total == 0, -math.inf, m + some.log())[..., 0])
     return from_blocks(out, q.shape).to(q.dtype), from_blocks(lse, q.shape)
 
 

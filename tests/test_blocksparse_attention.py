@@ -174,6 +174,20 @@ def test_large_logits(backend):
     compare(backend, BlockLayout.from_mask(mask, 32), pairs(mask, 32, 40, 40), x, scale=1.0)
 
 
+@pytest.mark.parametrize("shifts", [(0, 110, -110), (-110, 0, 110)])
+def test_logits_that_leave_the_range_of_exp(shifts, backend):
+    """Whole blocks in float32, where exp(110) is inf and exp(-110) 0: heads with more blocks come later."""
+    mask = torch.tensor([[[1, 0, 0]] * 3, [[1, 1, 0]] * 3, [[1, 1, 1]] * 3]).bool().to(DEVICE)
+    x = inputs(1, 3, 3, 48, 48, 16, torch.float32)
+    x[0][..., 0] = 1
+    x[1][..., 0] = torch.tensor(shifts)[:, None].to(x[1])
+    ours = values(
+        lambda *y: attention(*y, BlockLayout.from_mask(mask, 16), scale=1.0, return_lse=True, backend=backend), *x
+    )
+    exact = values(lambda *y: dense(*y, pairs(mask, 16, 48, 48), 1.0), *(y.double() for y in x))
+    close(ours, exact, 2e-5)
+
+
 # ---- what must not leak ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("b", [8, 16, 64])
 def test_nan_in_keys_that_no_query_of_their_head_selects(b, backend):
