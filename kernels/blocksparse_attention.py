@@ -38,16 +38,14 @@ compute seven there, two of them twice, so that no sum depends on the order of p
 density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
-the best of 12 (with backward: of 8) beside dense SDPA in turn, on a machine whose speed varies by half from minute to
-minute: three more such runs gave, forward and with backward, 9.2 to 9.6 and 9.0 to 10.7 times dense at 5 %, 3.9 to 4.3
-and 4.0 to 4.7 at 12.3 %:
+the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (a second run differs by up to 4 %):
 
-    density      forward    times dense       with backward    times dense
-       5.0 %       39 ms        8.6 x              119 ms          8.0 x
-      12.3 %       76 ms        4.2 x              271 ms          4.6 x
-      24.6 %      168 ms        2.1 x              526 ms          2.0 x
-      89.9 %      500 ms       0.63 x             1746 ms         0.64 x
-     100   %      322 ms       0.97 x             1212 ms         0.97 x
+    density      forward    times dense    times Flex      with backward    times dense
+       5.0 %       14 ms        9.7 x         1.15 x             49 ms          9.5 x
+      12.3 %       28 ms        4.9 x         1.35 x             96 ms          4.8 x
+      24.6 %       50 ms        2.7 x         1.45 x            176 ms          2.6 x
+      89.9 %      170 ms       0.80 x         1.55 x            586 ms         0.79 x
+     100   %      137 ms       0.99 x         2.13 x            462 ms         0.99 x
 
 No GPU has been at hand: the kernels are checked in Triton's interpreter. For the table of your machine, run the file.
 
@@ -59,7 +57,8 @@ What matters beyond the equations:
  4. In those, keys that no query sees and queries that see no key are set to 0 first: 0 NaN is NaN.
  5. In the kernels the scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
  6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
- 7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache.
+ 7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache of
+    every thread. Where no mask is and the sums of exp stay in range, exp gets no maximum; on a CPU one look tells.
  8. It copies q, k and v where their blocks are no view; the kernels take strides as they are if the last one is 1.
  9. It waits for a GPU to know the sizes of its chunks; the kernels never do.
 """
@@ -353,10 +352,10 @@ def prefix_lm(sq, sk, block_size, prefix, device=None):
 def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     """Rows of query blocks, or of key blocks, in groups of equally many blocks, and these in chunks.
 
-    Returns the order of the rows [rows], the most blocks in a chunk, and an iterator over the groups: slice of the
-    order, number n of blocks in a row, and an iterator over slices of R rows of the group, with their blocks [R n], as
-    numbers of blocks of k or of q, and a mask [R, b, t b] of the last t blocks of each row, or None where t is 0: only
-    blocks that need a mask are there, or whole ones to fill up.
+    Returns the order of the rows [rows], the most blocks in a chunk, and the groups: their slice of the order, the
+    number n of blocks in a row, and an iterator over slices of R rows of the group, with their blocks [R n], as numbers
+    of blocks of k or of q, and a mask [R, b, t b] of the last t blocks of each row, or None where t is 0: only blocks
+    that need a mask are there, or whole ones to fill up.
     """
     (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
     seg, idx, _, _, part, _ = layout[6:12] if by_key else layout[:6]
@@ -403,20 +402,18 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
             mask &= unpack(layout[12][which.clamp(min=0)]) | (which < 0)[..., None, None]
         return (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
 
-    def slices(n, R, rows, first):
-        for begin in range(rows.start, rows.stop, R):
-            end = min(begin + R, rows.stop)
-            some = slice(first + (begin - rows.start) * n, first + (end - rows.start) * n)
-            t = tails[end - 1]  # ascending in a group
-            yield slice(begin - rows.start, end - rows.start), block[some], mask_of(some, n, t) if t else None
+    def slices(n, R, rows, row, first):
+        for begin in range(0, rows, R):
+            end = min(begin + R, rows)
+            some, t = slice(first + begin * n, first + end * n), tails[row + end - 1]  # tails ascend in a group
+            yield slice(begin, end), block[some], mask_of(some, n, t) if t else None
 
-    spans, most, done, first = [], 0, 0, 0
+    spans, most, row, first = [], 0, 0, 0
     for n, rows in zip(numbers, groups):
         fit = max(1, round(CHUNK / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
         R = -(-rows // -(-rows // fit) // threads) * threads  # parts of about one size
-        span = slice(done, done + rows)
-        spans.append((span, n, slices(n, R, span, first) if n else ()))
-        most, done, first = max(most, min(R, rows) * n), done + rows, first + rows * n
+        spans.append((slice(row, row + rows), n, slices(n, R, rows, row, first) if n else ()))
+        most, row, first = max(most, min(R, rows) * n), row + rows, first + rows * n
     return order, most, spans
 
 
@@ -432,7 +429,7 @@ def from_blocks(x, shape):
 
 
 def take(x, rows, out):
-    """x[rows] in the beginning of `out`, and in its type."""
+    """x[rows] in the beginning of `out`, which is there already, since fresh pages cost as much as arithmetic."""
     out = out[: len(rows)]
     return torch.index_select(x, 0, rows, out=out) if x.dtype == out.dtype else out.copy_(x.index_select(0, rows))
 
@@ -457,19 +454,19 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         return out.contiguous(), lse.contiguous()
     Q, K, V = (to_blocks(x, b) for x in (q, k, v))
     order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
-    out, y_, s_ = torch.empty_like(Q), Q.new_empty(most, b, D, dtype=dtype), Q.new_empty(most * b * b, dtype=dtype)
-    m, total = (Q.new_zeros(Q.shape[:2], dtype=dtype) for _ in range(2))
+    gathered, scores = (Q.new_empty(shape, dtype=dtype) for shape in ((most, b, D), (most * b * b,)))
+    out, m, total = torch.empty_like(Q), *(Q.new_zeros(Q.shape[:2], dtype=dtype) for _ in range(2))
     large = q.is_cuda  # whether exp needs a maximum; a GPU would have to wait to know
     for span, n, slices in groups:
-        X = Q.index_select(0, order[span]).to(dtype).mul_(scale)  # whose rows give way to those of the output
+        rows, M, T = order[span], m[span], total[span]
+        X = Q.index_select(0, rows).to(dtype).mul_(scale)  # which gives way to the output
         n or X.zero_()
-        M, T = m[span], total[span]
         for at, blocks, mask in slices:
             x, R, t = X[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
             unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
-            y = take(K, blocks, y_).view(R, n * b, D)
+            y = take(K, blocks, gathered).view(R, n * b, D)
             t and y[:, n * b - t :].masked_fill_(unseen, 0)
-            s = torch.bmm(x, y.mT, out=s_[: len(blocks) * b * b].view(R, b, n * b))  # (1)
+            s = torch.bmm(x, y.mT, out=scores[: R * n * b * b].view(R, b, n * b))  # (1)
             if not (t or large):
                 low, high = torch.sum(s.exp_(), -1, out=T[at]).aminmax()
                 large = not (1e-12 < low.item() and high.item() < 1e12)  # from here on
@@ -479,10 +476,10 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
                 peak = torch.amax(s, -1, out=M[at])
                 t and peak.masked_fill_(peak == -math.inf, 0)  # a row that sees nothing
                 torch.sum(s.sub_(peak[..., None]).exp_(), -1, out=T[at])
-            y = take(V, blocks, y_).view(R, n * b, D)
+            y = take(V, blocks, gathered).view(R, n * b, D)
             t and y[:, n * b - t :].masked_fill_(unseen, 0)
             torch.bmm(s, y, out=x)
-        out.index_copy_(0, order[span], X.div_(T.masked_fill(T == 0, 1)[..., None]).to(q.dtype))  # (3)
+        out.index_copy_(0, rows, X.div_(T.masked_fill(T == 0, 1)[..., None]).to(q.dtype))  # (3)
     lse = torch.empty_like(m).index_copy_(0, order, total.log_().add_(m))  # (2)
     return from_blocks(out, q.shape), from_blocks(lse, q.shape)
 
@@ -500,16 +497,17 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
     ends = lse.masked_fill(empty, math.inf)  # exp(s - inf) is 0
     delta, ends = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (ends, math.inf)))
     order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=True)
-    x_, g_ = (Q.new_empty(most, b, D, dtype=dtype) for _ in range(2))
-    p_, ds_ = (Q.new_empty(most * b * b, dtype=dtype) for _ in range(2))
+    gathered = [Q.new_empty(most, b, D, dtype=dtype) for _ in range(2)]
+    scores = [Q.new_empty(most * b * b, dtype=dtype) for _ in range(2)]
     dq, dk, dv = torch.zeros_like(Q, dtype=dtype), torch.empty_like(K), torch.empty_like(V)
     for span, n, slices in groups:
-        Y, Z = (x.index_select(0, order[span]).to(dtype) for x in (K, V))  # which give way to their gradients
+        rows = order[span]
+        Y, Z = (x.index_select(0, rows).to(dtype) for x in (K, V))  # which give way to their gradients
         n or (Y.zero_(), Z.zero_())
         Y.mul_(scale)
         for at, blocks, mask in slices:
             y, z, R, t = Y[at], Z[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
-            x, g = take(Q, blocks, x_).view(R, n * b, D), take(dO, blocks, g_).view(R, n * b, D)
+            x, g = (take(u, blocks, some).view(R, n * b, D) for u, some in zip((Q, dO), gathered))
             if t:  # no 0 may meet the NaN of an unseen key, or of a query that sees none
                 blind = ~mask.any(1)[..., None]
                 x[:, n * b - t :].masked_fill_(blind, 0)
@@ -518,15 +516,15 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
                     unseen = ~mask.any(2)[..., None]
                     y.masked_fill_(unseen, 0)
                     z.masked_fill_(unseen, 0)
-            p, ds = (u[: len(blocks) * b * b].view(R, b, n * b) for u in (p_, ds_))  # [R, keys, queries]
+            p, ds = (u[: R * n * b * b].view(R, b, n * b) for u in scores)  # [R, keys, queries]
             torch.bmm(y, x.mT, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
             t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
             torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
             torch.bmm(p, g, out=z)  # (7)
             dq.index_add_(0, blocks, torch.bmm(ds.mT, y, out=g).view(-1, b, D))  # (8)
             torch.bmm(ds, x, out=y).mul_(scale)  # (9)
-        dk.index_copy_(0, order[span], Y.to(q.dtype))
-        dv.index_copy_(0, order[span], Z.to(q.dtype))
+        dk.index_copy_(0, rows, Y.to(q.dtype))
+        dv.index_copy_(0, rows, Z.to(q.dtype))
     dq, dk, dv = from_blocks(dq, q.shape), from_blocks(dk, k.shape), from_blocks(dv, k.shape)
     return dq.to(q.dtype), dk, dv
 
