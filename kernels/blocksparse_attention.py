@@ -58,7 +58,7 @@ What matters beyond the equations:
  5. In the kernels the scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
  6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
  7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache of
-    every thread. Where no mask is and the sums of exp stay in range, exp gets no maximum; on a CPU one look tells.
+    every thread. There, without a mask, exp is tried without a maximum; its sums show whether it needed one.
  8. It copies q, k and v where their blocks are no view; the kernels take strides as they are if the last one is 1.
  9. It waits for a GPU to know the sizes of its chunks; the kernels never do.
 """

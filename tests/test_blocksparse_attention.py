@@ -140,6 +140,14 @@ def test_dense(case, backend):
     compare(backend, layout, live, x, **options)
 
 
+@pytest.mark.parametrize("case", ["block 16, grouped heads", "causal, more keys", "kv_lens", "everything"])
+@pytest.mark.parametrize("scores", [1, 2**11])
+def test_chunks(case, scores, monkeypatch):
+    """Chunks of the PyTorch path of a row for each thread, and of a few: groups are of many chunks, the last short."""
+    monkeypatch.setattr(bs, "CHUNK", scores)
+    test_dense(case, "torch")
+
+
 @pytest.mark.parametrize("d", [16, 24, 32, 64, 80, 96, 128, 256])
 def test_head_sizes(d, backend):
     mask = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0]]).bool().to(DEVICE)
