@@ -47,14 +47,15 @@ the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (a second
       89.9 %      170 ms       0.80 x         1.55 x            586 ms         0.79 x
      100   %      137 ms       0.99 x         2.13 x            462 ms         0.99 x
 
-No GPU has been at hand: the kernels are checked in Triton's interpreter. For the table of your machine, run the file.
+No GPU has been at hand: the kernels are checked in Triton's interpreter, and compile for compute capabilities 8.0, 9.0,
+10.0 and 12.0. For the table of your machine, run the file.
 
 What matters beyond the equations:
  1. The layout is in compressed rows and columns: memory linear in the blocks, built without loops in Python.
  2. -inf masks, and never a large number; a maximum of -inf is replaced before it is subtracted.
  3. The kernels put blocks into tiles of 64 or 128, of which 64 bits say which sub-blocks live. They run over whole
     tiles first, with no mask but that of kv_lens, then over those that a mask, the diagonal or an end cuts.
- 4. In those, keys that no query sees and queries that see no key are set to 0 first: 0 NaN is NaN.
+ 4. In those, keys that no query sees and queries that see no key are not loaded but 0: 0 NaN is NaN.
  5. In the kernels the scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
  6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
  7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache of
@@ -554,12 +555,14 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 
 # ==== the Triton kernels ==============================================================================================
 @jit
-def rows_of(x, start, stop, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
-    """N rows of x [S, D] from `start` on; zeros beyond D, up to DP, and, where MASKED, from row `stop` on."""
+def rows_of(x, start, some, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """N rows of x [S, D] from `start` on; zeros beyond D, up to DP, and, where MASKED, in all rows but `some` [N]."""
     n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
     at = x + start.to(tl.int64) * stride + n * stride + d
     if MASKED:
-        return tl.load(at, mask=(start + n < stop) & (d < D), other=0.0)
+        return tl.load(
+            at, mask=some[:, None] & (d < D), other=0.0
+        )  # a tl.where after it breaks the compiler of Triton 3.9
     elif D < DP:
         return tl.load(at, mask=d < D, other=0.0)
     else:
@@ -633,7 +636,7 @@ def forward_kernel(
     """Online softmax: M queries of one head against their tiles, m the largest score so far in units of log 2."""
     batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head, q_b, q_h), first, Sq, q_s, M, D, DP, True)
+    x = rows_of(head_of(q, batch, head, q_b, q_h), first, i < Sq, q_s, M, D, DP, True)
     k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
     acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
     for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
@@ -642,14 +645,11 @@ def forward_kernel(
             n = step // (T // N)
             entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
             start = tl.load(idx + entry) * T + step % (T // N) * N
-            y = rows_of(k, start, stop, k_s, N, D, DP, MASKED or LENS)
-            z = rows_of(v, start, stop, v_s, N, D, DP, MASKED or LENS)
-            if MASKED or LENS:
-                j = (start + tl.arange(0, N))[None, :]
-                live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
-                seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
-                y = tl.where(seen, y, 0.0)  # no p of 0 may meet the NaN of a key that nobody here sees
-                z = tl.where(seen, z, 0.0)
+            j = (start + tl.arange(0, N))[None, :]
+            live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+            seen = tl.max(live.to(tl.int32), 0) > 0  # no p of 0 may meet the NaN of a key that nobody here sees
+            y = rows_of(k, start, seen, k_s, N, D, DP, MASKED or LENS)
+            z = rows_of(v, start, seen, v_s, N, D, DP, MASKED or LENS)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (1)
             if SIGN != 1:
                 s = s * SIGN
@@ -678,8 +678,8 @@ def delta_kernel(
     one, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
     i = first + tl.arange(0, M)
     at = one.to(tl.int64) * Sq + i
-    x = rows_of(out + one.to(tl.int64) * Sq * D, first, Sq, D, M, D, DP, True)
-    g = rows_of(head_of(do, one // H, one % H, g_b, g_h), first, Sq, g_s, M, D, DP, True)
+    x = rows_of(out + one.to(tl.int64) * Sq * D, first, i < Sq, D, M, D, DP, True)
+    g = rows_of(head_of(do, one // H, one % H, g_b, g_h), first, i < Sq, g_s, M, D, DP, True)
     value = tl.sum(x.to(ACC) * g.to(ACC), 1) - tl.load(dlse + at, mask=i < Sq, other=0.0)
     tl.store(delta + at, value, mask=i < Sq)
 
@@ -700,8 +700,8 @@ def dq_kernel(
     """The gradient of M queries, over the same tiles as forward."""
     batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head, q_b, q_h), first, Sq, q_s, M, D, DP, True)
-    g = rows_of(head_of(do, batch, head, g_b, g_h), first, Sq, g_s, M, D, DP, True)
+    x = rows_of(head_of(q, batch, head, q_b, q_h), first, i < Sq, q_s, M, D, DP, True)
+    g = rows_of(head_of(do, batch, head, g_b, g_h), first, i < Sq, g_s, M, D, DP, True)
     ends, d = ends_of(lse + where, i, Sq), tl.load(delta + where + i, mask=i < Sq, other=0.0)
     k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
     acc = tl.zeros([M, DP], ACC)
@@ -711,14 +711,11 @@ def dq_kernel(
             n = step // (T // N)
             entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
             start = tl.load(idx + entry) * T + step % (T // N) * N
-            y = rows_of(k, start, stop, k_s, N, D, DP, MASKED or LENS)
-            z = rows_of(v, start, stop, v_s, N, D, DP, MASKED or LENS)
-            if MASKED or LENS:
-                j = (start + tl.arange(0, N))[None, :]
-                live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
-                seen = tl.max(live.to(tl.int32), 0)[:, None] > 0
-                y = tl.where(seen, y, 0.0)
-                z = tl.where(seen, z, 0.0)
+            j = (start + tl.arange(0, N))[None, :]
+            live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+            seen = tl.max(live.to(tl.int32), 0) > 0
+            y = rows_of(k, start, seen, k_s, N, D, DP, MASKED or LENS)
+            z = rows_of(v, start, seen, v_s, N, D, DP, MASKED or LENS)
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
             if SIGN != 1:
                 s = s * SIGN
@@ -740,8 +737,9 @@ def dkdv_kernel(
     """The gradients of N keys and values of one key head, over the tiles of all the query heads that it serves."""
     batch, head, row, first, stop = program(order, lens, H // G, lay_b, lay_h * G, Sk, Sk, T, N, LENS)
     j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * D
-    y = rows_of(head_of(k, batch, head, k_b, k_h), first, stop, k_s, N, D, DP, True)
-    z = rows_of(head_of(v, batch, head, v_b, v_h), first, stop, v_s, N, D, DP, True)
+    some = first + tl.arange(0, N) < stop
+    y = rows_of(head_of(k, batch, head, k_b, k_h), first, some, k_s, N, D, DP, True)
+    z = rows_of(head_of(v, batch, head, v_b, v_h), first, some, v_s, N, D, DP, True)
     acc_k, acc_v = tl.zeros([N, DP], ACC), tl.zeros([N, DP], ACC)
     for one in range(0, G):
         h = head * G + one
@@ -754,14 +752,13 @@ def dkdv_kernel(
                 entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
                 start = tl.load(idx + entry) * T + step % (T // M) * M
                 i = start + tl.arange(0, M)
-                x = rows_of(queries, start, Sq, q_s, M, D, DP, MASKED or RAGGED)
-                g = rows_of(gradients, start, Sq, g_s, M, D, DP, MASKED or RAGGED)
-                ends, d = ends_of(lse + of_head, i, Sq), tl.load(delta + of_head + i, mask=i < Sq, other=0.0)
+                sees = i < Sq
                 if MASKED:
                     live = visible(i[None, :], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, True)
-                    sees = tl.max(live.to(tl.int32), 0)[:, None] > 0
-                    x = tl.where(sees, x, 0.0)  # nor the NaN of a query that sees nothing
-                    g = tl.where(sees, g, 0.0)
+                    sees = tl.max(live.to(tl.int32), 0) > 0  # nor the NaN of a query that sees nothing
+                x = rows_of(queries, start, sees, q_s, M, D, DP, MASKED or RAGGED)
+                g = rows_of(gradients, start, sees, g_s, M, D, DP, MASKED or RAGGED)
+                ends, d = ends_of(lse + of_head, i, Sq), tl.load(delta + of_head + i, mask=i < Sq, other=0.0)
                 s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
                 if SIGN != 1:
                     s = s * SIGN
@@ -807,9 +804,10 @@ def ranges_both(layout, T, Sq, Sk, causal):
 
 # M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps forward.
 FORWARD = {128: (128, 128, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 3, 4), 1024: (32, 32, 1, 4)}
-DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 4), 1024: (32, 32, 1, 4)}
-DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (32, 64, 2, 4), 1024: (32, 32, 1, 4)}
+DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
+DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
 DELTA = dict.fromkeys((128, 256, 512, 1024), (64, 16, 1, 4))
+IEEE = {128: (32, 32, 2, 8), 256: (32, 32, 2, 8), 512: (32, 32, 2, 8), 1024: (16, 16, 1, 8)}  # larger ones spill
 FITS = {}  # what a device with less shared memory takes instead
 
 
@@ -817,10 +815,12 @@ def launch(kernel, table, q, tile, programs, *args, **constants):
     """Start `kernel` with the tiles of its table, at most `tile`; if they do not fit, fewer stages, then smaller."""
     D, size = q.shape[3], 4 if q.dtype in (torch.float32, torch.float64) else 2
     DP = max(16, triton.next_power_of_2(D))
-    key = kernel, tile, DP, size, q.device
+    key = kernel, tile, DP, size, constants.get("PRECISION"), q.device
+    if size == 4 and constants.get("PRECISION") == "ieee" and not INTERPRET:  # without tensor cores
+        table = IEEE
     M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
     M, N = min(M, tile), min(N, tile)
-    warps = min(warps, M // 16) if table is FORWARD else warps
+    warps = min(warps, max(4, M // 16)) if table is FORWARD else warps
     constants |= {"D": D, "DP": DP, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
     while True:
         try:
