@@ -559,10 +559,8 @@ def rows_of(x, start, some, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.con
     """N rows of x [S, D] from `start` on; zeros beyond D, up to DP, and, where MASKED, in all rows but `some` [N]."""
     n, d = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
     at = x + start.to(tl.int64) * stride + n * stride + d
-    if MASKED:
-        return tl.load(
-            at, mask=some[:, None] & (d < D), other=0.0
-        )  # a tl.where after it breaks the compiler of Triton 3.9
+    if MASKED:  # in the load, since a tl.where after it breaks the compiler of Triton 3.9
+        return tl.load(at, mask=some[:, None] & (d < D), other=0.0)
     elif D < DP:
         return tl.load(at, mask=d < D, other=0.0)
     else:
