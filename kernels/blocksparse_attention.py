@@ -73,6 +73,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -90,6 +91,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, in numpy
 BLOCKS = (8, 16, 32, 64, 128)
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+TINY = 1.2e-38  # what float32 may flush to 0
 CHUNK = 2**17  # scores that the PyTorch path holds at a time for each thread, unless one row has more
 
 
@@ -195,31 +197,35 @@ class BlockLayout:
 
         `element_mask` has patterns inside of them: bool [E, b, b] in the order of mask.nonzero(), or a function of
         batch, head, query and key (integer tensors that broadcast) that says which pairs live; it is called on live
-        blocks only. What causal=True, the ends and kv_lens remove needs no element mask.
+        blocks only, but on all of each, beyond the last query and key too. What causal=True, the ends and kv_lens
+        remove needs no element mask.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3, 4) or not mask.numel():
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb], not empty; it is {got}")
-        if block_size not in BLOCKS:
+        if not isinstance(block_size, int) or block_size not in BLOCKS:
             raise ValueError(f"block_size must be one of {BLOCKS}; it is {block_size}")
         b, (_, H, Qb, Kb) = block_size, (1, 1, *mask.shape)[-4:]
         blocks = mask.reshape(-1, Qb, Kb)
         row, col = entries(blocks)
+        if len(row) >= 2**31:
+            raise ValueError(f"a layout takes up to 2^31 - 1 blocks; mask has {len(row)}: choose a larger block_size")
         part, bits = row.new_empty(0, dtype=torch.int32), row.new_empty(0, b, b // 8, dtype=torch.uint8)
         partial = None
+        given, wanted = isinstance(element_mask, Tensor), f"bool {[len(row), b, b]}, a [b, b] for each block"
+        if given and (element_mask.dtype != torch.bool or element_mask.shape != (len(row), b, b)):
+            got = f"{element_mask.dtype} {list(element_mask.shape)}"
+            raise ValueError(f"element_mask must be {wanted}; it is {got}")
+        if not (given or element_mask is None or callable(element_mask)):
+            raise ValueError(f"element_mask must be {wanted}, or a function; it is {type(element_mask).__name__}")
         if element_mask is not None and len(row):
-            if isinstance(element_mask, Tensor) and (
-                element_mask.dtype != torch.bool or element_mask.shape != (len(row), b, b)
-            ):
-                got = f"{element_mask.dtype} {list(element_mask.shape)}"
-                raise ValueError(f"element_mask must be bool {[len(row), b, b]}, a [b, b] for each block; it is {got}")
             within, packed = torch.arange(b, device=row.device), []
             for some in torch.arange(len(row), device=row.device).split(max(1, 2**22 // b**2)):
                 r, c = row[some, None, None], col[some, None, None]
                 i, j = r % Qb * b + within[:, None], c * b + within
-                given = isinstance(element_mask, Tensor)
                 live = element_mask[some] if given else element_mask(r // Qb // H, r // Qb % H, i, j)
-                packed.append(pack(live.to(row.device, torch.bool).expand(len(some), b, b)))
+                live = torch.as_tensor(live, device=row.device, dtype=torch.bool)
+                packed.append(pack(live.expand(len(some), b, b)))
             partial, bits = (torch.cat(x) for x in zip(*packed))
             if len(bits):
                 part = torch.where(partial, partial.cumsum(0) - 1, -1).int()
@@ -241,6 +247,11 @@ class BlockLayout:
     def to(self, device):
         return BlockLayout(self.shape, self.block_size, [x.to(device) for x in self.tensors], self.rule)
 
+    def __reduce__(self):
+        """Tiles are made anew where it is unpickled; the rule, which the benchmark alone uses, may be no function of a
+        module and stays behind."""
+        return BlockLayout, (self.shape, self.block_size, self.tensors)
+
     def to_mask(self):
         """The mask of blocks that it was made from."""
         row, col = blocks_of(self.tensors)
@@ -258,8 +269,23 @@ class BlockLayout:
 # ==== the zoo: known patterns =========================================================================================
 def grid(sq, sk, block_size, device):
     """Indices of the query blocks [Qb, 1] and of the key blocks [1, Kb]."""
+    if min(sq, sk) < 1 or block_size not in BLOCKS:
+        raise ValueError(f"needs sq and sk above 0 and a block_size of {BLOCKS}: they are {sq}, {sk}, {block_size}")
     i, j = (torch.arange(-(-s // block_size), device=device) for s in (sq, sk))
     return i[:, None], j[None, :]
+
+
+def uniform(heads, i, j, seed):
+    """Random numbers [heads, Qb, Kb], the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(heads, len(i), j.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(i.device)
+
+
+def own_keys(i, sq, sk, block_size, stride):
+    """The first and the last block that the keys of the queries' own places are in, under causal=True."""
+    if stride < 1:
+        raise ValueError(f"stride must be above 0; it is {stride}")
+    return i + (sk - sq) // block_size, i - (sq - sk) // block_size
 
 
 def dense(sq, sk, block_size, device=None):
@@ -287,8 +313,8 @@ def strided(sq, sk, block_size, stride, heads=1, device=None):
     The lattice of head h is shifted by h.
     """
     i, j = grid(sq, sk, block_size, device)
-    h, i = torch.arange(heads, device=device)[:, None, None], i + (sk - sq) // block_size
-    return BlockLayout.from_mask((j <= i) & ((i - j < stride) | ((i - j - h) % stride == 0)), block_size)
+    h, (first, last) = torch.arange(heads, device=device)[:, None, None], own_keys(i, sq, sk, block_size, stride)
+    return BlockLayout.from_mask((j <= last) & ((first - j < stride) | ((last - j - h) % stride == 0)), block_size)
 
 
 def fixed(sq, sk, block_size, stride, summary=1, heads=1, device=None):
@@ -297,17 +323,15 @@ def fixed(sq, sk, block_size, stride, summary=1, heads=1, device=None):
     Head h takes the summary h stretches of `summary` from the end, around; for a call with causal=True.
     """
     i, j = grid(sq, sk, block_size, device)
-    h, i = torch.arange(heads, device=device)[:, None, None], i + (sk - sq) // block_size
-    last = (stride - 1 - j % stride) // summary == h % max(1, stride // summary)
-    return BlockLayout.from_mask((j <= i) & ((i // stride == j // stride) | last), block_size)
+    h, (first, last) = torch.arange(heads, device=device)[:, None, None], own_keys(i, sq, sk, block_size, stride)
+    summaries = (stride - 1 - j % stride) // summary == h % max(1, stride // summary)
+    return BlockLayout.from_mask((j <= last) & ((first // stride <= j // stride) | summaries), block_size)
 
 
 def bigbird(sq, sk, block_size, window=3, globals=1, random=3, heads=1, seed=0, device=None):
     """A window, global blocks at the beginning and random ones (Zaheer et al. 2020, arXiv 2007.14062), in blocks."""
     i, j = grid(sq, sk, block_size, device)
-    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
-        i.device
-    )
+    draw = uniform(heads, i, j, seed)
     chosen = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, draw.topk(min(random, j.shape[1])).indices, True)
     return BlockLayout.from_mask(chosen | ((i - j).abs() <= window // 2) | (i < globals) | (j < globals), block_size)
 
@@ -322,22 +346,22 @@ def longformer(sq, sk, block_size, window, globals=1, device=None):
 
 def block_diagonal(lengths, block_size, device=None):
     """Documents of given lengths, packed, that do not see each other (Krell et al. 2021, arXiv 2107.02027)."""
-    b, owner = (
-        block_size,
-        torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device)),
-    )
+    b, lengths = block_size, torch.tensor(lengths, device=device, dtype=torch.long)
+    owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    grid(len(owner), len(owner), b, device)
     first, last = owner[::b], torch.cat((owner[b - 1 :: b], owner[-1:]))[: -(-len(owner) // b)]  # of each block
     mask = (first[:, None] <= last) & (first <= last[:, None])
-    end = len(owner) - 1
-    return BlockLayout.from_mask(mask, b, lambda _, h, i, j: owner[i.clamp(max=end)] == owner[j.clamp(max=end)])
+
+    def at(i):  # the documents of tokens, those behind the last one included
+        return owner.to(i.device)[i.clamp(max=len(owner) - 1)]
+
+    return BlockLayout.from_mask(mask, b, lambda _, h, i, j: at(i) == at(j))
 
 
 def random(sq, sk, block_size, density, heads=1, seed=0, device=None):
     """The diagonal, and others at random up to `density` (Gray, Radford and Kingma 2017)."""
     i, j = grid(sq, sk, block_size, device)
-    draw = torch.rand(heads, len(i), j.shape[1], generator=torch.Generator().manual_seed(seed), device="cpu").to(
-        i.device
-    )
+    draw = uniform(heads, i, j, seed)
     diagonal = 1 / max(draw.shape[1:])
     return BlockLayout.from_mask((draw * (1 - diagonal) < density - diagonal) | (i == j), block_size)
 
@@ -440,16 +464,17 @@ def accurate(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def whole(layout, sizes, q, k, kv_lens, causal):
+def whole(layout, sizes, q, k, kv_lens, scale, causal):
     """Whether a layout is full, on a CPU, where PyTorch's own attention does the same."""
-    square = q.shape[2] == k.shape[2] or not causal
+    square = not causal or (q.shape[2] == k.shape[2] and scale > TINY)  # there -inf is multiplied by the scale
     full = layout[1].numel() == math.prod(sizes[:2]) * -(-q.shape[2] // sizes[2]) * -(-k.shape[2] // sizes[2])
-    return full and not len(layout[12]) and kv_lens is None and square and q.shape[1] == k.shape[1] and not q.is_cuda
+    plain = not len(layout[12]) and kv_lens is None and q.shape[1] == k.shape[1]
+    return full and plain and square and q.device.type == "cpu"
 
 
 def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     b, D, dtype = sizes[2], q.shape[3], accurate(q)
-    if whole(layout, sizes, q, k, kv_lens, causal):
+    if whole(layout, sizes, q, k, kv_lens, scale, causal):
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out.contiguous(), lse.contiguous()
@@ -487,7 +512,7 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
 
 def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal):
     b, D, dtype = sizes[2], q.shape[3], accurate(q)
-    if whole(layout, sizes, q, k, kv_lens, causal) and not dlse.any():  # which knows no gradient of lse
+    if whole(layout, sizes, q, k, kv_lens, scale, causal) and not dlse.any():  # which knows no gradient of lse
         q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return tuple(x.contiguous() for x in backward(do, q, k, v, out, lse, 0.0, causal, scale=scale))
@@ -543,7 +568,8 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
             if mask is not None:
                 live[..., n * b - mask.shape[2] :] = mask
             y, z = (x[blocks].view(R, n * b, D).masked_fill(~live.any(1)[..., None], 0) for x in (K, V))
-            s = (Q[rows] @ y.mT * scale).masked_fill(~live, -math.inf)
+            x = Q[rows].masked_fill(~live.any(2)[..., None], 0)
+            s = (x @ y.mT * scale).masked_fill(~live, -math.inf)
             m = s.detach().amax(-1, keepdim=True)
             p = (s - m.masked_fill(m == -math.inf, 0)).exp()
             total = p.sum(-1, keepdim=True)
@@ -806,14 +832,14 @@ DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 8), 1024: (32
 DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
 DELTA = dict.fromkeys((128, 256, 512, 1024), (64, 16, 1, 4))
 IEEE = {128: (32, 32, 2, 8), 256: (32, 32, 2, 8), 512: (32, 32, 2, 8), 1024: (16, 16, 1, 8)}  # larger ones spill
-FITS = {}  # what a device with less shared memory takes instead
+FITS = {}  # what each kernel, with these constants, was found to fit with on a device
 
 
 def launch(kernel, table, q, tile, programs, *args, **constants):
     """Start `kernel` with the tiles of its table, at most `tile`; if they do not fit, fewer stages, then smaller."""
     D, size = q.shape[3], 4 if q.dtype in (torch.float32, torch.float64) else 2
     DP = max(16, triton.next_power_of_2(D))
-    key = kernel, tile, DP, size, constants.get("PRECISION"), q.device
+    key = kernel, tile, DP, size, q.device, *constants.values()
     if size == 4 and constants.get("PRECISION") == "ieee" and not INTERPRET:  # without tensor cores
         table = IEEE
     M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
@@ -841,12 +867,18 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     forth = lens, forth, layout[5], layout[1], layout[3], layout[4], layout[12]
     back = lens, back, layout[11], layout[7], layout[9], layout[10], layout[12]
     # Kernels take a positive factor, in units of log 2, and the sign apart: for it max(s) factor = max(s factor).
-    factor = (abs(scale) or 1) * math.log2(math.e)
+    sign = (scale > TINY) - (scale < -TINY)
+    factor = (abs(scale) if sign else 1) * math.log2(math.e)
     numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, factor)
-    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(layout[12]) > 0}
-    constants |= {"SIGN": (scale > 0) - (scale < 0), "PRECISION": "tf32" if tf32 else "ieee"}
+    constants |= {"SIGN": sign, "PRECISION": "tf32" if tf32 else "ieee"}
     return forth, back, numbers, constants
+
+
+def strided_rows(x):
+    """x as the kernels take it: of one row after another, fewer than 2^24 numbers apart, as their offsets are int32."""
+    return x if x.stride(3) == 1 and x.stride(2) < 2**24 else x.contiguous()
 
 
 def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
@@ -854,7 +886,7 @@ def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         out, lse = triton_forward(*(x.float() for x in (q, k, v)), layout, sizes, kv_lens, scale, causal)
         return out.bfloat16(), lse
     (B, H, Sq, _), T = q.shape, sizes[3]
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (strided_rows(x) for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
     forth, _, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
@@ -868,7 +900,7 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
         floats = (x.float() for x in (q, k, v, out, lse, do, dlse))
         return tuple(x.bfloat16() for x in triton_backward(*floats, layout, sizes, kv_lens, scale, causal))
     (B, H, Sq, _), (K, Sk), T = q.shape, k.shape[1:3], sizes[3]
-    q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
+    q, k, v, do = (strided_rows(x) for x in (q, k, v, do))
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
     forth, back, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
     strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
@@ -884,6 +916,11 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
 
 
 # ==== the operator ====================================================================================================
+def full_precision(x):
+    """No autocast, which would round what is between the inputs and the outputs."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @torch.library.custom_op("onefile::blocksparse_attention", mutates_args=())
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], sizes: list[int], kv_lens: Tensor | None, scale: float,
@@ -891,7 +928,8 @@ def forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`layout` are the thirteen tensors of blocks or of tiles, `sizes` two leading dimensions of it, block and tile."""
     run = torch_forward if backend == "torch" else triton_forward
-    return run(q, k, v, layout, sizes, kv_lens, scale, causal)
+    with full_precision(q):
+        return run(q, k, v, layout, sizes, kv_lens, scale, causal)
 
 
 @torch.library.custom_op("onefile::blocksparse_attention_backward", mutates_args=())
@@ -900,7 +938,8 @@ def backward_op(
     sizes: list[int], kv_lens: Tensor | None, scale: float, causal: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     run = torch_backward if backend == "torch" else triton_backward
-    return run(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal)
+    with full_precision(q):
+        return run(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal)
 
 
 @forward_op.register_fake
@@ -933,12 +972,14 @@ def double_backward(ctx, *gradients):
     sizes, scale, causal, backend = ctx.numbers
     if backend != "torch":
         raise RuntimeError("blocksparse_attention: double backward needs the PyTorch path: pass backend='torch'")
-    with torch.enable_grad():
-        q, k, v, do, dlse = (x.detach().requires_grad_() for x in (q, k, v, do, dlse))
+    with torch.enable_grad(), full_precision(q):
+        inputs = q, k, v, do, dlse = [x.detach().requires_grad_() for x in (q, k, v, do, dlse)]
         outputs = differentiable(q, k, v, layout, sizes, kv_lens, scale, causal)
-        first = torch.autograd.grad(outputs, (q, k, v), (do, dlse), create_graph=True)
-        inputs = q, k, v, do, dlse
-        dq, dk, dv, ddo, ddlse = torch.autograd.grad(first, inputs, gradients, materialize_grads=True)
+        if outputs[0].requires_grad:
+            first = torch.autograd.grad(outputs, (q, k, v), (do, dlse), create_graph=True)
+            dq, dk, dv, ddo, ddlse = torch.autograd.grad(first, inputs, gradients, materialize_grads=True)
+        else:  # not a block lives
+            dq, dk, dv, ddo, ddlse = (torch.zeros_like(x) for x in inputs)
     return dq, dk, dv, None, None, ddo, ddlse, [None] * len(layout), None, None, None, None, None
 
 
@@ -966,40 +1007,66 @@ def check(q, k, v, layout, kv_lens, backend):
     """Refuse bad input before any kernel starts; returns the backend that auto stands for."""
 
     def require(holds, message, error=ValueError):
-        if not holds:
-            raise error(f"blocksparse_attention: {message}")
+        if not holds:  # only then is the message made: torch.compile cannot make one of sizes that vary
+            raise error(f"blocksparse_attention: {message()}")
 
-    shapes = "q {}, k {}, v {}".format(*(list(x.shape) for x in (q, k, v)))
-    require(q.dim() == k.dim() == v.dim() == 4, f"q, k and v must be [batch, heads, length, size]: {shapes}")
+    def given(what):
+        return ", ".join(f"{name} {what(x)}" for name, x in (("q", q), ("k", k), ("v", v)))
+
+    def shapes():
+        return given(lambda x: list(x.shape))
+
+    def dtypes():
+        return given(lambda x: x.dtype)
+
+    def devices():
+        return f"{given(lambda x: x.device)}, layout {layout.device}"
+
+    require(q.dim() == k.dim() == v.dim() == 4, lambda: f"q, k and v must be [batch, heads, length, size]: {shapes()}")
     (B, H, Sq, D), (_, K, Sk, _) = q.shape, k.shape
-    require(k.shape == v.shape, f"k and v must have one shape: {shapes}")
-    require(q.numel() and k.numel(), f"no dimension may be 0: {shapes}")
-    require(k.shape[0] == B and k.shape[3] == D, f"q and k must have one batch and one head size: {shapes}")
-    require(H % K == 0, f"the {H} heads of q must be a multiple of the {K} of k: {shapes}")
-    dtypes = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-    require(q.dtype == k.dtype == v.dtype, f"q, k and v must have one dtype: {dtypes}")
-    require(q.dtype in DTYPES, f"q, k and v must be float16, bfloat16, float32 or float64: {dtypes}")
-    require(isinstance(layout, BlockLayout), f"layout must be a BlockLayout: it is {type(layout).__name__}")
-    devices = f"q {q.device}, k {k.device}, v {v.device}, layout {layout.device}"
-    require(q.device == k.device == v.device == layout.device, f"all must be on one device: {devices}")
-    b, Qb, Kb = layout.block_size, layout.Qb, layout.Kb
-    covers = f"layout covers {Qb} x {Kb} blocks of {b}, up to {Qb * b} queries and {Kb * b} keys"
-    require(Qb == -(-Sq // b) and Kb == -(-Sk // b), f"{covers}, but q has {Sq} and k has {Sk}")
-    lead = f"layout has batch and heads {layout.lead_b} and {layout.lead_h}, each must be 1 or that of q"
-    require(layout.lead_b in (1, B) and layout.lead_h in (1, H), f"{lead}: {shapes}")
+    require(k.shape == v.shape, lambda: f"k and v must have one shape: {shapes()}")
+    require(q.numel() and k.numel(), lambda: f"no dimension may be 0: {shapes()}")
+    require(k.shape[0] == B and k.shape[3] == D, lambda: f"q and k must have one batch and one head size: {shapes()}")
+    require(H % K == 0, lambda: f"the {H} heads of q must be a multiple of the {K} of k: {shapes()}")
+    require(q.dtype == k.dtype == v.dtype, lambda: f"q, k and v must have one dtype: {dtypes()}")
+    require(q.dtype in DTYPES, lambda: f"q, k and v must be float16, bfloat16, float32 or float64: {dtypes()}")
+    require(isinstance(layout, BlockLayout), lambda: f"layout must be a BlockLayout: it is {type(layout).__name__}")
+    require(q.device == k.device == v.device == layout.device, lambda: f"all must be on one device: {devices()}")
+    b, Qb, Kb, lead = layout.block_size, layout.Qb, layout.Kb, (layout.lead_b, layout.lead_h)
+    require(
+        Qb == -(-Sq // b) and Kb == -(-Sk // b),
+        lambda: (
+            f"layout covers {Qb} x {Kb} blocks of {b}, up to {Qb * b} queries and {Kb * b} keys, "
+            f"but q has {Sq} and k has {Sk}"
+        ),
+    )
+    require(
+        lead[0] in (1, B) and lead[1] in (1, H),
+        lambda: f"layout has batch and heads {lead[0]} and {lead[1]}, each must be 1 or that of q: {shapes()}",
+    )
     if kv_lens is not None:
-        got = f"{kv_lens.dtype} {list(kv_lens.shape)} on {kv_lens.device}"
-        integer = kv_lens.dtype in (torch.int32, torch.int64) and kv_lens.shape == (B,) and kv_lens.device == q.device
-        require(integer, f"kv_lens must be int32 or int64 [{B}] on {q.device}: it is {got}")
-    require(backend in ("auto", "torch", "triton"), f"backend must be auto, torch or triton: it is {backend!r}")
+        tensor = isinstance(kv_lens, Tensor)
+        integer = tensor and kv_lens.dtype in (torch.int32, torch.int64)
+        require(
+            integer and kv_lens.shape == (B,) and kv_lens.device == q.device,
+            lambda: (
+                f"kv_lens must be int32 or int64 [{B}] on {q.device}: it is "
+                + (f"{kv_lens.dtype} {list(kv_lens.shape)} on {kv_lens.device}" if tensor else type(kv_lens).__name__)
+            ),
+        )
+    require(backend in ("auto", "torch", "triton"), lambda: f"backend must be auto, torch or triton: it is {backend!r}")
     fits = D <= 256 and (q.dtype != torch.float64 or INTERPRET)
     if backend == "auto":
         return "triton" if triton and q.is_cuda and fits else "torch"
     if backend == "triton":
-        require(triton, "backend='triton' needs Triton: pip install triton", RuntimeError)
-        need = f"needs a GPU, or TRITON_INTERPRET=1 from the start of the process: q is on {q.device}"
-        require(q.is_cuda or INTERPRET, f"backend='triton' {need}", RuntimeError)
-        require(fits, f"backend='triton' takes head sizes up to 256, and no float64: {shapes}, {q.dtype}")
+        start = "TRITON_INTERPRET=1 from the start of the process"
+        require(triton, lambda: "backend='triton' needs Triton: pip install triton", RuntimeError)
+        require(
+            q.is_cuda or INTERPRET,
+            lambda: f"backend='triton' needs a GPU, or {start}: q is on {q.device}",
+            RuntimeError,
+        )
+        require(fits, lambda: f"backend='triton' takes head sizes up to 256, and no float64: {shapes()}, {q.dtype}")
     return backend
 
 
@@ -1122,13 +1189,21 @@ def flex_mask(layout, seq, is_causal):
 
 def main(args):
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        sys.exit(f"error: --device {args.device}: it must be cpu, or cuda where there is one")
     dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    B, H, K, S, D, b = args.batch, args.heads, args.kv_heads, args.seq, args.dim, args.block
+    K = H if K is None else K
+    threads = torch.get_num_threads() if args.threads is None else args.threads
+    counts = B, H, K, S, D, args.repeats, threads
+    if not all(0 < x < 2**31 for x in counts) or not all(0 < density <= 1 for density in args.densities):
+        sys.exit(f"error: all sizes must be above 0 and below 2^31, densities up to 1: {counts}, {args.densities}")
+    if H % K:
+        sys.exit(f"error: --heads {H} must be a multiple of --kv-heads {K}")
+    if args.output and (Path(args.output).suffix != ".png" or not Path(args.output).absolute().parent.is_dir()):
+        sys.exit(f"error: --output {args.output} must be a .png in a folder that exists")
+    torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
-    counts = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.repeats
-    if min(counts) < 1 or not all(0 < density <= 1 for density in args.densities):
-        sys.exit(f"error: shapes and --repeats must be above 0, densities up to 1: {counts}, {args.densities}")
     for backend in ("torch", "triton") if args.check else ():
         ours = backend == "torch" or (triton is not None and (device.type == "cuda" or INTERPRET))
         for kind in DTYPES[: 4 - (backend == "triton" and not INTERPRET)] if ours else ():  # no float64
@@ -1137,7 +1212,6 @@ def main(args):
             if not worst <= 1:
                 sys.exit("error: block-sparse attention differs from dense attention")
 
-    B, H, K, S, D, b = args.batch, args.heads, args.kv_heads or args.heads, args.seq, args.dim, args.block
     q, do = (torch.randn(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(B, K, S, D, device=device, dtype=dtype) for _ in range(2))
     with torch.device(device):
@@ -1190,10 +1264,13 @@ def main(args):
                 def flexed():
                     return flex(*detached, block_mask=mask, enable_gqa=H != K)
 
-                flexed()
+                (trained(flexed) if args.backward and device.type == "cuda" else flexed)()
                 contenders.append(flexed)
             except Exception as error:  # whatever it cannot compile
-                print(f"FlexAttention does not run {label}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+                print(
+                    f"FlexAttention does not run {label}: {(str(error) or repr(error)).splitlines()[0][:80]}",
+                    file=sys.stderr,
+                )
         for backward in [False, True][: 1 + args.backward]:
             run = [trained(c) for c in contenders[: 2 if device.type == "cpu" else 3]] if backward else contenders
             with torch.set_grad_enabled(backward):

@@ -5,9 +5,11 @@ before they are defined. A process with a GPU never does that: there the last te
 """
 
 import ast
+import copy
 import inspect
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -114,6 +116,11 @@ CASES = {
     "element mask, 64": (64, 1, 1, 1, 70, 70, 16, (), {"elements": True, "causal": True}),
     "kv_lens": (32, 3, 2, 1, 40, 70, 16, (2,), {"kv_lens": [0, 33, 99], "causal": True}),
     "kv_lens, whole blocks": (64, 2, 1, 1, 64, 128, 16, (), {"kv_lens": [20, 100], "full": True}),
+    "full, causal, scale below 0": (32, 1, 2, 2, 70, 70, 16, (), {"full": True, "causal": True, "scale": -0.5}),
+    "full, causal, scale 0": (32, 1, 2, 2, 70, 70, 16, (), {"full": True, "causal": True, "scale": 0.0}),
+    "full, causal, scale that float32 rounds to 0": (
+        (32, 1, 2, 2, 70, 70, 16, (), {"full": True, "causal": True, "scale": 1e-50})
+    ),
     "scale 0": (32, 1, 1, 1, 40, 40, 16, (), {"scale": 0.0}),
     "scale below 0": (32, 1, 2, 1, 40, 40, 16, (2,), {"scale": -0.7, "causal": True}),
     "everything": (
@@ -280,6 +287,18 @@ def test_strides(backend):
 
 
 # ---- against what PyTorch has ----------------------------------------------------------------------------------------
+def test_rows_far_apart():
+    """127 rows that are 2^24 numbers apart: a product beyond 2^31."""
+    if bs.triton is None:
+        pytest.skip("Triton is not installed")
+    far = torch.empty(128, 2**24 + 64, dtype=torch.float16, device=DEVICE)[None, None, :, :16]  # pages never written
+    near = far.copy_(torch.randn(1, 1, 128, 16)).contiguous()
+    layout = bs.dense(128, 128, 128, device=DEVICE)
+    assert attention(far, far, far, layout, backend="triton").equal(
+        attention(near, near, near, layout, backend="triton")
+    )
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_full_and_causal_layouts_are_sdpa(causal, backend):
     q, k, v, *_ = inputs(1, 2, 2, 70, 70, 16)
@@ -314,7 +333,7 @@ def test_opcheck(backend):
 
 
 def test_compile(backend):
-    """One graph, with the layout an argument; a new number of blocks costs a compilation and gives what is right."""
+    """One graph, with the layout an argument; new numbers cost a compilation and give what is right."""
 
     def loss(q, k, v, layout, lens):
         out, lse = attention(q * 2, k, v, layout, causal=True, kv_lens=lens, return_lse=True, backend=backend)
@@ -323,8 +342,10 @@ def test_compile(backend):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     lens = torch.tensor([19]).to(DEVICE)
-    for layout in (small(backend)[0], bs.dense(12, 20, 8, device=DEVICE)):
-        x = [y.requires_grad_() for y in small(backend)[1][:3]]
+    other = bs.dense(20, 30, 8, device=DEVICE), inputs(1, 2, 1, 20, 30, 24)  # sizes that vary from here on
+    last = bs.dense(25, 20, 8, device=DEVICE), inputs(1, 2, 1, 25, 20, 16)
+    for layout, x in (small(backend), (bs.dense(12, 20, 8, device=DEVICE), small(backend)[1]), other, last):
+        x = [y.requires_grad_() for y in x[:3]]
         for ours, eager in zip(*(torch.autograd.grad(f(*x, layout, lens), x) for f in (compiled, loss))):
             torch.testing.assert_close(ours, eager)
 
@@ -364,6 +385,52 @@ def test_gradgradcheck(options):
     assert torch.autograd.gradgradcheck(function(layout, "torch", **options), x, fast_mode=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"kv_lens": torch.tensor([0])}], ids=["no block", "no key"])
+def test_double_backward_where_nothing_is_seen(options):
+    layout = BlockLayout.from_mask(torch.full((2, 2), len(options) > 0), 16)
+    x = [y.requires_grad_() for y in inputs(1, 1, 1, 20, 20, 16, torch.float64, "cpu")[:4]]
+    first = torch.autograd.grad(attention(*x[:3], layout, backend="torch", **options), x[:3], x[3], create_graph=True)
+    second = torch.autograd.grad(sum(y.square().sum() for y in first), x, materialize_grads=True)
+    assert not any(y.any() for y in (*first, *second))
+
+
+def test_double_backward_keeps_the_nan_of_a_query_that_sees_nothing_out():
+    layout = BlockLayout.from_mask(torch.ones(2, 1, dtype=torch.bool), 16)
+
+    def second(blind):
+        torch.manual_seed(0)
+        x = [y.requires_grad_() for y in inputs(1, 1, 1, 32, 10, 16, torch.float64, "cpu")[:4]]
+        with torch.no_grad():
+            x[0][:, :, :22] = blind  # under causal=True, of queries that come before all keys
+        out = attention(*x[:3], layout, causal=True, backend="torch")
+        first = torch.autograd.grad(out, x[:3], x[3], create_graph=True)
+        return torch.autograd.grad(sum(y[:, :, -10:].square().sum() for y in first), x)
+
+    for clean, y in zip(second(0.0), second(math.nan)):
+        assert y.isfinite().all() and y.equal(clean)
+
+
+def test_backward_in_autocast(backend):
+    """float32 in, float32 all through."""
+    layout, x = small(backend, dtype=torch.float32)
+    x = [y.requires_grad_() for y in x[:3]]
+    want = torch.autograd.grad(attention(*x, layout, backend=backend).square().sum(), x)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = torch.autograd.grad(attention(*x, layout, backend=backend).square().sum(), x)
+    assert all(a.equal(b) for a, b in zip(got, want))
+
+
+def test_tf32_by_either_setting(backend):
+    """Both of PyTorch's ways to allow it, the first of which makes it refuse to read the second."""
+    layout, x = small(backend, dtype=torch.float32)
+    want = attention(*x[:3], layout, backend=backend)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        torch.testing.assert_close(attention(*x[:3], layout, backend=backend), want, rtol=1e-2, atol=1e-2)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def test_double_backward_through_triton_says_where_it_works():
     if bs.triton is None:
         pytest.skip("Triton is not installed")
@@ -399,6 +466,18 @@ def test_a_layout_gives_its_mask_back(lead):
     assert idx.tolist() == flat.nonzero()[:, 2].tolist() and back_idx.tolist() == flat.mT.nonzero()[:, 2].tolist()
     assert seg[::2].diff().tolist() == flat.sum(2).flatten().tolist()
     assert back_seg[::2].diff().tolist() == flat.sum(1).flatten().tolist()
+
+
+def test_a_layout_is_pickled_without_tiles(monkeypatch):
+    """One that was made where there are no kernels gets its tiles where there are; a rule stays behind."""
+    layout, (q, k, v, *_) = small("torch")
+    with monkeypatch.context() as context:
+        context.setattr(bs, "INTERPRET", False)
+        text = pickle.dumps(small("torch")[0].to("cpu"))
+    again = pickle.loads(text).to(DEVICE)
+    assert again.tile == layout.tile and all(a.equal(b) for a, b in zip(again.tiles, layout.tiles))
+    assert all(a.equal(b) for a, b in zip(again.tensors, layout.tensors))
+    assert copy.deepcopy(layout).to_mask().equal(layout.to_mask())
 
 
 def test_element_masks_are_packed_and_whole_blocks_keep_none():
@@ -481,6 +560,16 @@ def test_zoo(name):
     compare("torch", layout, live, x, 1e-9, causal=causal)
 
 
+@pytest.mark.parametrize("build", [bs.strided, bs.fixed])
+@pytest.mark.parametrize("sq, sk", [(100, 130), (10, 130), (130, 100), (128, 200), (64, 96)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_zoo_with_other_keys_than_queries(build, sq, sk, stride):
+    """Under causal=True every query sees the key of its own place, and the last query the last key."""
+    live = pairs(build(sq, sk, 64, stride).to_mask(), 64, sq, sk, causal=True)[0, 0]
+    i = torch.arange(max(0, sq - sk), sq)
+    assert live[i, i + sk - sq].all()
+
+
 def test_zoo_random():
     layout = bs.bigbird(16 * 40, 16 * 40, 16, heads=2)
     mask = layout.to_mask()
@@ -490,6 +579,11 @@ def test_zoo_random():
     assert extra.max() <= 3 and extra.float().mean() > 2 and not mask[0].equal(mask[1])
     mask = bs.random(6400, 6400, 16, 0.1, heads=3).to_mask()
     assert mask.diagonal(dim1=1, dim2=2).all() and abs(mask.float().mean() - 0.1) < 0.01
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert bs.random(6400, 6400, 16, 0.1, heads=3).to_mask().equal(mask)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -516,6 +610,7 @@ BAD = {
     "kv_lens must be int32 or int64 [2]": {"kv_lens": torch.zeros(3, dtype=torch.int32)},
     "kv_lens must be int32 or int64": {"kv_lens": torch.zeros(2)},
     "backend must be auto, torch or triton: it is 'cuda'": {"backend": "cuda"},
+    "kv_lens must be int32 or int64 [2] on cpu: it is list": {"kv_lens": [3, 3]},
     "no dimension may be 0": {"q": torch.zeros(2, 4, 0, 16)},
 }
 
@@ -533,12 +628,29 @@ def test_bad_input(message):
         (torch.ones(3, dtype=torch.bool), 16, None, "mask must be bool"),
         ([[True]], 16, None, "it is list"),
         (torch.ones(3, 3, dtype=torch.bool), 48, None, "block_size must be one of .* it is 48"),
+        (torch.ones(3, 3, dtype=torch.bool), 16.0, None, "block_size must be one of .* it is 16.0"),
+        (torch.ones(3, 3, dtype=torch.bool), 8, [[True]], r"bool \[9, 8, 8\], .* or a function; it is list"),
         (torch.ones(3, 3, dtype=torch.bool), 8, torch.ones(9, 8, 4, dtype=torch.bool), r"bool \[9, 8, 8\]"),
     ],
 )
 def test_bad_layout(mask, size, elements, message):
     with pytest.raises(ValueError, match=message):
         BlockLayout.from_mask(mask, size, elements)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: bs.dense(64, 64, 0), "block_size of .* they are 64, 64, 0"),
+        (lambda: bs.sliding_window(0, 64, 16, 8), "they are 0, 64, 16"),
+        (lambda: bs.block_diagonal([], 16), "they are 0, 0, 16"),
+        (lambda: bs.strided(64, 64, 16, 0), "stride must be above 0; it is 0"),
+        (lambda: bs.fixed(64, 64, 16, 0), "stride must be above 0; it is 0"),
+    ],
+)
+def test_bad_zoo(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 @pytest.mark.parametrize(
@@ -690,9 +802,22 @@ def test_equations_of_the_docstring_are_found_in_the_code():
 
 
 @pytest.mark.slow
-def test_a_bad_flag_is_one_sentence():
-    done = subprocess.run([sys.executable, FILE, "--seq", "0"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: shapes") and len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--seq 0", "all sizes must be above 0"),
+        ("--threads 0", "all sizes must be above 0"),
+        ("--batch 1000000000000000000000", "all sizes must be above 0 and below 2^31"),
+        ("--densities 0.1 1.5", "densities up to 1"),
+        ("--kv-heads 3", "--heads 8 must be a multiple of --kv-heads 3"),
+        ("--device mps", "it must be cpu, or cuda where there is one"),
+        ("--output nowhere/x.png", "a .png in a folder that exists"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(flags, message):
+    done = subprocess.run([sys.executable, FILE, *flags.split()], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
