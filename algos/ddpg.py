@@ -46,9 +46,11 @@ import importlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -209,7 +211,8 @@ def start(args, above_0, at_least_0, at_most_1):
     at_least_0 += " seed eval_every checkpoint_every"
     rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
     for names, least, most, rule in rules:
-        if bad := [n for n in names.split() if not all(least <= x <= most for x in np.atleast_1d(getattr(args, n)))]:
+        values = {n: np.atleast_1d(getattr(args, n)) for n in names.split() if getattr(args, n) is not None}
+        if bad := [n for n, x in values.items() if not all((least <= x) & (x <= most))]:
             sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
     if args.resume and not args.run_dir:
         sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
@@ -242,6 +245,10 @@ def make_env(args, film=None):
     env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
     env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
     env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())  # some give an array of one
+    space = env.action_space
+    if isinstance(space, gym.spaces.Box) and space.dtype != np.float32:  # out of whose bounds a float32 may be rounded
+        env = gym.wrappers.TransformAction(env, lambda a: a.astype(space.dtype).clip(space.low, space.high), None)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -258,8 +265,10 @@ class Run:
         try:
             if os.name == "posix":  # elsewhere a second writer goes unnoticed
                 importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
-        except OSError:
+        except BlockingIOError:
             sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
+        except OSError as error:
+            print(f"warning: {self.dir} cannot be locked ({error}): let no second process write to it", file=sys.stderr)
         flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
         if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
             sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
@@ -301,9 +310,13 @@ class Run:
                 for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
                     set_rng_state(rng)
             except Exception as error:  # whatever a damaged file leads to
-                print(f"warning: {path} is damaged ({type(error).__name__})", file=sys.stderr)
+                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):  # for want of memory
+                    sys.exit(f"error: cannot read {path}, which may be whole: {error}")
+                print(f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr)
                 continue
-            os.replace(path, paths[0])  # or the next checkpoint would keep a damaged file and drop this one
+            if path != paths[0]:  # or the next checkpoint would keep a damaged file and drop this one
+                os.replace(paths[0], self.dir / "checkpoint.damaged.pt")
+                os.replace(path, paths[0])
             print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
             break
         else:
@@ -338,12 +351,14 @@ class Run:
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
         if self.interrupted and self.step < self.total:
-            sys.exit(f"step {self.step}: python {sys.argv[0]} --resume --run-dir {self.dir} goes on, but differs")
+            command = shlex.join(["python", sys.argv[0], "--resume", "--run-dir", str(self.dir)])
+            sys.exit(f"step {self.step}: {command} goes on, but differs")
 
     def steps(self, stride):
         """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
         self.stride, self.interrupted, tty = stride, False, sys.stderr.isatty()
-        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
+        catch = signal.signal if threading.current_thread() is threading.main_thread() else lambda *_: None
+        before = catch(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
         bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=None if tty else open(os.devnull, "w"))
         try:
             for self.step in range(self.step + stride, self.total + stride, stride):
@@ -353,7 +368,7 @@ class Run:
                 if not tty and self.due(10_000):
                     print(bar, flush=True)
         finally:
-            signal.signal(signal.SIGINT, before)
+            catch(signal.SIGINT, before)
 
     def due(self, every):
         """Whether this round reached a multiple of `every`, or is the last."""
@@ -371,7 +386,13 @@ class Run:
 
     def reset(self, envs, seeds):
         """Begin an episode in each environment -> observations [N, O]."""
-        return np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+        return self.finite(np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]))
+
+    def finite(self, obs, *others):
+        """obs [N, O], if it and the others [N, .] are finite."""
+        if not np.isfinite(np.column_stack((obs, *others)).astype(np.float32)).all():
+            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
+        return obs
 
     def interact(self, envs, actions):
         """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
@@ -379,8 +400,7 @@ class Run:
         true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
         ended = np.logical_or(terminated, truncated)
         obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
-        if not np.isfinite(np.column_stack((true_obs, obs, reward)).astype(np.float32)).all():
-            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
+        self.finite(obs, true_obs, reward)
         for i in np.flatnonzero(ended):
             episode = steps[i][4]["episode"]
             self.log({"episode/return": episode["r"], "episode/length": episode["l"]})
@@ -561,7 +581,9 @@ def main():
             saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
             args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
         train(args)
-    except (OSError, MemoryError, torch.OutOfMemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+    except (OSError, RuntimeError, MemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory, of which there may be too little
+            raise
         sys.exit(f"error: {error}")
 
 

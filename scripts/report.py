@@ -427,7 +427,7 @@ def main(args):
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page, encoding="utf-8")
+    args.output.write_text(page, encoding="utf-8", errors="replace")  # names of folders may be any bytes
     print(args.output)
 
 

@@ -120,8 +120,10 @@ def command(who, case, steps, threads, args, run_dir):
     """The command line of a contestant's run of so many steps."""
     if who == "ours":
         flags = f"--env-id {case.env_id} --num-envs {case.num_envs} --total-timesteps {steps} --threads {threads}"
-        flags += f" {case.flags} --device {args.device} --eval-every 0 --checkpoint-every 0 --run-dir {run_dir}"
-        return [sys.executable, str(ALGOS / f"{case.algo}.py"), *flags.split(), *["--compile"] * args.compile]
+        flags += (
+            f" {case.flags} --device {args.device} --eval-every 0 --checkpoint-every 0" + " --compile" * args.compile
+        )
+        return [sys.executable, str(ALGOS / f"{case.algo}.py"), *flags.split(), "--run-dir", str(run_dir)]
     options = (PEERS[who], case.algo, case.env_id, case.num_envs, steps, threads, args.device, case.theirs)
     return [sys.executable, "-c", PEER, json.dumps(options)]
 
@@ -263,6 +265,17 @@ def measure(args):
     return rows
 
 
+def read(path):
+    """The rows of a file that --save wrote; of one that was cut off, those before."""
+    for number, line in enumerate(lines := path.read_text().splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                sys.exit(f"error: {path}, line {number} is no measurement: give what --save has written")
+            print(f"warning: the last line of {path} is cut off, and left out", file=sys.stderr)
+
+
 def summary(rows):
     """Rows as measured -> [(title, bound, env, {who: (median, least, most)}, {peer: median ratio})]."""
     groups = defaultdict(list)
@@ -279,6 +292,8 @@ def summary(rows):
             else:
                 times[row["who"]].append(row["sps"])
                 rounds[len(limits), row["round"]][row["who"]] = row["sps"]
+        if not times["ours"]:
+            continue  # a measurement that was cut off before it had anything to compare
         if len(times) > 1:  # a round without peers says nothing beside theirs
             times["ours"] = [r["ours"] for r in rounds.values() if "ours" in r and len(r) > 1]
         speeds = {who: (median(sps), min(sps), max(sps)) for who, sps in times.items()}
@@ -332,8 +347,11 @@ def main(args):
         sys.exit(f"error: threads, environments, rounds and scale must be above 0, and one is {least[0]}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"error: --device {args.device}, and torch sees no GPU here")
+    if args.output.suffix not in (".png", ".svg", ".pdf"):
+        sys.exit(f"error: --output {args.output} must end in .png, .svg or .pdf")
     try:
-        loaded = [json.loads(line) for path in args.load for line in path.read_text().splitlines()]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        loaded = [row for path in args.load for row in read(path)]
         if args.load and not loaded:
             sys.exit(f"error: {args.load[0]} holds no measurement: give what --save has written")
         groups = summary(loaded or measure(args))

@@ -124,10 +124,11 @@ def play(env, policy, seed, max_steps, show):
     total, length, done = 0.0, 0, False
     show()
     while not done and length < max_steps:
-        action = policy(obs)
-        discrete = isinstance(env.action_space, gym.spaces.Discrete)
-        obs, reward, terminated, truncated, _ = env.step(int(action) if discrete else action)
-        total, length, done = total + float(reward), length + 1, terminated or truncated
+        action, space = policy(obs), env.action_space
+        discrete = isinstance(space, gym.spaces.Discrete)
+        action = int(action) if discrete else action.astype(space.dtype).clip(space.low, space.high)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, length, done = total + np.asarray(reward).item(), length + 1, terminated or truncated
         show()
     return total, length
 

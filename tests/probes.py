@@ -72,26 +72,35 @@ class Numbers(Blind):
         return obs, reward, int(terminated), int(truncated), info
 
 
+class Precise(Probe):
+    """Takes float64 in bounds that a float32 would leave, and gives its reward as an array of one."""
+
+    def __init__(self, discrete=False):
+        super().__init__(length=5, reward=lambda probe, action: -np.square(np.atleast_1d(action)), discrete=discrete)
+        if not discrete:
+            self.action_space = gym.spaces.Box(-0.1, 0.1, (1,), np.float64)
+
+
 class Broken(Probe):
-    """Sound for 300 steps, then `what` is not a number."""
+    """Sound for some steps, then `what` is not a number."""
 
     steps = 0
 
-    def __init__(self, what, discrete=False):
+    def __init__(self, what, sound=300, discrete=False):
         super().__init__(length=10, discrete=discrete)
-        self.what = what
+        self.what, self.sound = what, sound
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
         self.steps += 1
-        bad = self.steps > 300
+        bad = self.steps > self.sound
         if bad and self.what == "observation":
             obs = obs * np.nan
         return obs, np.nan if bad and self.what == "reward" else reward, terminated, truncated, info
 
     def reset(self, seed=None, options=None):
         obs, info = super().reset(seed=seed)
-        return obs * np.nan if self.steps >= 300 and self.what == "reset" else obs, info
+        return obs * np.nan if self.steps >= self.sound and self.what == "reset" else obs, info
 
 
 class Odd(gym.Env):
@@ -133,6 +142,8 @@ for name, make in {
     "BadReward": partial(Broken, "reward"),
     "BadObservation": partial(Broken, "observation"),
     "BadReset": partial(Broken, "reset"),
+    "BadBeginning": partial(Broken, "reset", sound=0),
+    "Precise": Precise,
     "Numbers": partial(Numbers, length=5, ends=False),
     "Endless": partial(Probe, length=10**9),
     "Image": partial(Odd, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),

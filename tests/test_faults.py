@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -111,6 +112,9 @@ def test_bad_flags_where_actions_are_continuous(path, tmp_path, monkeypatch, cap
         ("dqn", "--target-network-frequency 0", ["--target-network-frequency", "above 0"]),
         ("ppo", "--clip-coef 0", ["--clip-coef", "above 0"]),
         ("ppo", "--ent-coef -1", ["--ent-coef", "0 to 1e18"]),
+        ("ppo", "--target-kl nan", ["--target-kl", "above 0"]),
+        ("ppo", "--num-steps 1000000000000 --num-minibatches 1", ["can't allocate memory"]),
+        ("sac", "--target-entropy nan", ["--target-entropy is nan", "must be finite"]),
         ("trpo", "--target-kl 0", ["--target-kl", "above 0"]),
         ("vpg", "--policy-lr inf", ["--policy-lr", "1e18"]),
     ],
@@ -242,6 +246,41 @@ def test_a_folder_with_the_metrics_of_somebody_else_is_not_emptied(path, tmp_pat
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
 
 
+@two
+def test_the_first_observation_is_looked_at_too(path, tmp_path):
+    process = run(path, "--env-id", f"probes:{probe(path, 'BadBeginning')}", "--run-dir", tmp_path / "run", env=TESTS)
+    refused(process, "reward or observation not finite at step 0")
+
+
+@every
+def test_bounds_in_float64_and_rewards_in_arrays(path, tmp_path):
+    flags = ["--exploration-noise", "1"] if path.stem in ("ddpg", "td3") else []
+    process = run(
+        path, "--env-id", f"probes:{probe(path, 'Precise')}", "--run-dir", tmp_path / "run", *flags, env=TESTS
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@two
+def test_a_world_size_without_a_rank_is_none_of_torchrun(path, tmp_path):
+    process = run(path, "--total-timesteps", "200", "--run-dir", tmp_path / "run", env={"WORLD_SIZE": "2"})
+    assert process.returncode == 0, process.stderr
+
+
+@two
+def test_training_in_a_thread(path, tmp_path):
+    """As Ray does it, where no signal can be caught."""
+    module, results = load(path), []
+    flags = {"env_id": env_id(path), "run_dir": str(tmp_path / "run"), "eval_every": 0, "hidden": (8,)}
+    if path in ON_POLICY:
+        flags |= {"num_steps": 50, "num_minibatches": 2}
+    args = module.Args(total_timesteps=100, **flags)
+    thread = threading.Thread(target=lambda: results.append(module.train(args)))
+    thread.start()
+    thread.join()
+    assert results and results[0]["step"] == 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "empty", "poisoned", "foreign", "policy"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
@@ -263,10 +302,38 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, damage):
         file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
     process = run(path, "--resume", "--run-dir", folder)
     assert process.returncode == 0 and "checkpoint.pt is damaged" in process.stderr, process.stderr
-    assert not (folder / "poisoned").exists()
+    assert not (folder / "poisoned").exists() and (folder / "checkpoint.damaged.pt").exists()
     assert "400 of 600" in process.stderr and rows(folder) == undisturbed
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0] == 600
     assert torch.load(folder / "checkpoint.prev.pt", weights_only=True)["run"][0] == 400  # and not the damaged one
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_read_now_stays(copied):
+    """An error of the disk, here that a folder is no file, says nothing about what the file holds."""
+    path, folder = copied
+    (folder / "checkpoint.pt").rename(folder / "whole")
+    (folder / "checkpoint.pt").mkdir()
+    before = (folder / "checkpoint.prev.pt").read_bytes()
+    refused(run(path, "--resume", "--run-dir", folder), "cannot read", "checkpoint.pt", "is a directory")
+    assert (folder / "checkpoint.pt").is_dir() and (folder / "checkpoint.prev.pt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_too_little_memory_for_a_checkpoint_is_not_damage(copied):
+    path, folder = copied
+    with torch.serialization.skip_data():  # 8 GB, none of which is written
+        torch.save({"run": torch.empty(2 * 10**9)}, folder / "checkpoint.pt")
+    size = (folder / "checkpoint.pt").stat().st_size
+    process = subprocess.run(
+        command(path, "--resume", "--run-dir", folder),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)),
+    )
+    refused(process, "cannot read", "checkpoint.pt", "allocate")
+    assert (folder / "checkpoint.pt").stat().st_size == size and (folder / "checkpoint.prev.pt").exists()
 
 
 @pytest.mark.slow
@@ -307,12 +374,12 @@ def test_a_second_writer_is_refused(path, tmp_path):
 @pytest.mark.slow
 @two
 def test_ctrl_c_saves_and_prints_how_to_go_on(path, tmp_path):
-    folder = tmp_path / "run"
+    folder = tmp_path / "a run"
     process = begin(path, folder)
     process.send_signal(signal.SIGINT)
     said = "".join(process.communicate(timeout=60))
     assert process.returncode != 0 and "Traceback" not in said
-    assert f"--resume --run-dir {folder}" in said and "differ" in said
+    assert f"--resume --run-dir '{folder}'" in said and "differ" in said
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0]
     assert f"step {step}" in said
     again = run(path, "--resume", "--run-dir", folder, "--total-timesteps", step + 400)

@@ -334,6 +334,17 @@ def test_two_ranks_learn_what_one_does(path, env, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "one") if "loss/value" in row] == [200, 400, 600]
 
 
+def ranks_of(process, folder):
+    """The processes of both ranks of a torchrun, once their first checkpoint is there."""
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    environments = {child: Path(f"/proc/{child}/environ").read_text() for child in children}
+    return [next(int(c) for c in children if f"\0RANK={rank}\0" in environments[c]) for rank in (0, 1)]
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_spares_the_checkpoint(tmp_path, ppo):
     folder = tmp_path / "run"
@@ -341,19 +352,38 @@ def test_a_rank_that_dies_ends_the_others_and_spares_the_checkpoint(tmp_path, pp
     process = subprocess.Popen(
         torchrun(ROOT / "algos" / "ppo.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 200
-    while not (folder / "checkpoint.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    (second,) = [child for child in children if "\0RANK=1\0" in Path(f"/proc/{child}/environ").read_text()]
-    os.kill(int(second), signal.SIGKILL)
+    _, second = ranks_of(process, folder)
+    os.kill(second, signal.SIGKILL)
     said = "".join(process.communicate(timeout=120))
     assert process.returncode != 0
     assert "rank 0 has lost another one" in said or "SIGKILL" in said or "Signal 9" in said, said
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0] % 200 == 0
     again = run(ROOT / "algos" / "ppo.py", "--resume", "--run-dir", folder, "--total-timesteps", "400")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_rank_0_alone_saves(tmp_path):
+    """The others wait for it, or end as no failure, for which torchrun would kill it while it writes."""
+    folder = tmp_path / "run"
+    flags = [
+        *SHARED,
+        "--total-timesteps",
+        "1000000",
+        "--hidden",
+        "3000",
+        "3000",
+        "--run-dir",
+        folder,
+    ]  # 220 MB to write
+    process = subprocess.Popen(
+        torchrun(ROOT / "algos" / "ppo.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    first, _ = ranks_of(process, folder)
+    os.kill(first, signal.SIGINT)
+    said = "".join(process.communicate(timeout=120))
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["run"][0]
+    assert f"step {step}: " in said and "Signal" not in said and "SIG" not in said, said
 
 
 @pytest.mark.slow

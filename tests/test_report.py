@@ -4,6 +4,7 @@ import base64
 import gzip
 import html
 import json
+import os
 import re
 import resource
 import shutil
@@ -229,6 +230,12 @@ def test_what_is_broken_is_left_out_and_named(tmp_path, capsys):
         assert re.search(rf"Left out: {path} : [^:]*{re.escape(reason)}", read), (path, read)
     assert err.count("left out") == read.count("Left out") == len(reasons)
     assert "2 runs of sac, td3 in A-v0, C-v0" in read and "A-v0 sac 1 10 of 3,000, under way 60 download" in read
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    write_run(tmp_path / os.fsdecode(b"caf\xe9") / "run", points=[(1000, 3.0), (3000, 5.0)])
+    report.main(report.Args((tmp_path,), output=tmp_path / "report.html"))
+    assert "caf?" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_no_run_is_an_error(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, load
@@ -85,7 +86,29 @@ def test_what_could_not_be_compiled_is_not_timed_as_if_it_were(speed, monkeypatc
         speed.seconds("ours", speed.CASES["ppo-hopper"], 1, 1, None)
 
 
+def test_what_was_cut_off_is_left_out(speed, tmp_path, capsys):
+    """A last line that was not finished, and a case of which there is nothing but the bound."""
+    file = tmp_path / "s.jsonl"
+    whole = [measured("bound", 0, 9), measured("ours", 1, 5), measured("bound", 0, 9) | {"threads": 2}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in whole) + '{"case": "sac-ho')
+    rows = [*speed.read(file)]
+    assert rows == whole and "last line of" in capsys.readouterr().err
+    assert len(speed.summary(rows)) == 1
+    file.write_text("torn\n" + json.dumps(whole[0]))
+    with pytest.raises(SystemExit, match="line 1 is no measurement"):
+        [*speed.read(file)]
+
+
+def test_a_folder_with_a_space(speed):
+    args = speed.Args()
+    line = speed.command("ours", speed.CASES["ppo-hopper"], 100, 1, args, Path("a folder/run"))
+    assert line[-2:] == ["--run-dir", "a folder/run"] and "--compile" not in line
+    args.compile = True
+    assert "--compile" in speed.command("ours", speed.CASES["ppo-hopper"], 100, 1, args, Path("run"))
+
+
 WRONG = [(["--rounds", 0], "above 0"), (["--load", "none.jsonl"], "none.jsonl"), (["--load", "empty.jsonl"], "--save")]
+WRONG += [(["--output", "speed.xyz"], "must end in .png, .svg or .pdf")]
 
 
 @pytest.mark.parametrize("flags, words", WRONG)
