@@ -67,6 +67,7 @@ What matters beyond the equations:
 # Shapes: B batch, H query heads, K key heads, G = H / K, Sq queries, Sk keys, D head size; b block, Qb and Kb blocks of
 # queries and of keys, E live blocks; R rows of blocks, n blocks in each; T tile of blocks in the kernels, M x N scores.
 
+import functools
 import itertools
 import math
 import os
@@ -378,9 +379,9 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     """Rows of query blocks, or of key blocks, in groups of equally many blocks, and these in chunks.
 
     Returns the order of the rows [rows], the most blocks in a chunk, and the groups: their slice of the order, the
-    number n of blocks in a row, and an iterator over slices of R rows of the group, with their blocks [R n], as numbers
-    of blocks of k or of q, and a mask [R, b, t b] of the last t blocks of each row, or None where t is 0: only blocks
-    that need a mask are there, or whole ones to fill up.
+    number n of blocks in a row, and a function that goes through the chunks: a slice of R rows of the group, their
+    blocks [R n], as numbers of blocks of k or of q, and a mask [R, b, t b] of the last t blocks of each row, or None
+    where t is 0: only blocks that need a mask are there, or whole ones to fill up.
     """
     (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
     seg, idx, _, _, part, _ = layout[6:12] if by_key else layout[:6]
@@ -437,7 +438,7 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     for n, rows in zip(numbers, groups):
         fit = max(1, round(CHUNK / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
         R = -(-rows // -(-rows // fit) // threads) * threads  # parts of about one size
-        spans.append((slice(row, row + rows), n, slices(n, R, rows, row, first) if n else ()))
+        spans.append((slice(row, row + rows), n, functools.partial(slices, n, R, rows if n else 0, row, first)))
         most, row, first = max(most, min(R, rows) * n), row + rows, first + rows * n
     return order, most, spans
 
@@ -481,31 +482,37 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     Q, K, V = (to_blocks(x, b) for x in (q, k, v))
     order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
     gathered, scores = (Q.new_empty(shape, dtype=dtype) for shape in ((most, b, D), (most * b * b,)))
-    out, m, total = torch.empty_like(Q), *(Q.new_zeros(Q.shape[:2], dtype=dtype) for _ in range(2))
-    large = q.is_cuda  # whether exp needs a maximum; a GPU would have to wait to know
-    for span, n, slices in groups:
-        rows, M, T = order[span], m[span], total[span]
-        X = Q.index_select(0, rows).to(dtype).mul_(scale)  # which gives way to the output
-        n or X.zero_()
-        for at, blocks, mask in slices:
+    out, m, total = torch.empty_like(Q), *(Q.new_full(Q.shape[:2], x, dtype=dtype) for x in (-math.inf, 1))
+
+    def attend(span, n, slices, large):
+        """Outputs [R, b, D] of a group of rows. With no mask and no score `large`, exp needs no maximum."""
+        X, M, T = Q.index_select(0, order[span]).to(dtype).mul_(scale), m[span], total[span]
+        M.zero_() if n else X.zero_()
+        for at, blocks, mask in slices():
             x, R, t = X[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
             unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
             y = take(K, blocks, gathered).view(R, n * b, D)
             t and y[:, n * b - t :].masked_fill_(unseen, 0)
             s = torch.bmm(x, y.mT, out=scores[: R * n * b * b].view(R, b, n * b))  # (1)
-            if not (t or large):
-                low, high = torch.sum(s.exp_(), -1, out=T[at]).aminmax()
-                large = not (1e-12 < low.item() and high.item() < 1e12)  # from here on
-                large and torch.bmm(x, y.mT, out=s)
             if t or large:
                 t and s[:, :, n * b - t :].masked_fill_(~mask, -math.inf)
                 peak = torch.amax(s, -1, out=M[at])
-                t and peak.masked_fill_(peak == -math.inf, 0)  # a row that sees nothing
-                torch.sum(s.sub_(peak[..., None]).exp_(), -1, out=T[at])
-            y = take(V, blocks, gathered).view(R, n * b, D)
+                s.sub_((peak.masked_fill(peak == -math.inf, 0) if t else peak)[..., None])
+            torch.sum(s.exp_(), -1, out=T[at])
+            t and T[at].masked_fill_(peak == -math.inf, 1)  # a row that sees nothing
+            take(V, blocks, gathered)  # into y
             t and y[:, n * b - t :].masked_fill_(unseen, 0)
-            torch.bmm(s, y, out=x)
-        out.index_copy_(0, rows, X.div_(T.masked_fill(T == 0, 1)[..., None]).to(q.dtype))  # (3)
+            torch.bmm(s, y, out=x)  # x gives way to the output
+        return X.div_(T[..., None])  # (3)
+
+    large = q.is_cuda  # a GPU would have to wait to know
+    for span, n, slices in groups:
+        X = attend(span, n, slices, large)
+        if n and not large:
+            low, high = total[span].aminmax()
+            large = not (1e-12 < low.item() and high.item() < 1e12)  # from here on
+            X = attend(span, n, slices, large) if large else X
+        out.index_copy_(0, order[span], X.to(q.dtype))
     lse = torch.empty_like(m).index_copy_(0, order, total.log_().add_(m))  # (2)
     return from_blocks(out, q.shape), from_blocks(lse, q.shape)
 
@@ -531,7 +538,7 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
         Y, Z = (x.index_select(0, rows).to(dtype) for x in (K, V))  # which give way to their gradients
         n or (Y.zero_(), Z.zero_())
         Y.mul_(scale)
-        for at, blocks, mask in slices:
+        for at, blocks, mask in slices():
             y, z, R, t = Y[at], Z[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
             x, g = (take(u, blocks, some).view(R, n * b, D) for u, some in zip((Q, dO), gathered))
             if t:  # no 0 may meet the NaN of an unseen key, or of a query that sees none
@@ -562,7 +569,7 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
     out, lse = torch.zeros_like(Q), Q.new_full(Q.shape[:2], -math.inf)
     order, _, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
     for span, n, slices in groups:
-        for at, blocks, mask in slices:
+        for at, blocks, mask in slices():
             rows, R = order[span][at], at.stop - at.start
             live = torch.ones(R, b, n * b, dtype=torch.bool, device=q.device)
             if mask is not None:
