@@ -96,9 +96,9 @@ class Args:
     target_network_frequency: int = 2  # environment steps between moves of the target
     learning_rate: float = 5e-4  # of the network
     anneal_lr: bool = True  # let the learning rate fall to 0 over the run
-    start_e: float = 1.0  # probability of a random action at the first step
+    start_e: float = 1.0  # probability of a random action at step 0
     end_e: float = 0.05  # the same at the end of its fall
-    exploration_fraction: float = 0.1  # of all steps, how many that fall takes
+    exploration_fraction: float = 0.1  # share of all steps that this fall takes
     double: bool = False  # choose the target's action by the network, not by its target
     dueling: bool = False  # sum the action values from a state value and advantages
     layer_norm: bool = True  # normalise each hidden layer, before its non-linearity

@@ -83,7 +83,7 @@ class Args:
 
     num_steps: int = 2048  # steps of each environment in a rollout
     update_epochs: int = 10  # times that a rollout is gone through
-    num_minibatches: int = 32  # parts in which it is
+    num_minibatches: int = 32  # minibatches of a rollout in an epoch
     learning_rate: float = 3e-4  # of policy and value function
     anneal_lr: bool = True  # let the learning rate fall to 0 over the run
     gamma: float = 0.99  # discount
@@ -729,7 +729,7 @@ def train(args):
     elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
         box = space.shape[0], space.low.tolist(), space.high.tolist()
     else:
-        sys.exit(f"error: {ALGO} needs actions Discrete(n) or in a flat Box of floats, and {args.env_id} has {space}")
+        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, or in a flat Box of floats, not {space}")
     agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
     run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent, "optimizer": agent.optimizer})
     RANKS > 1 and join(run)

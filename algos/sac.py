@@ -568,7 +568,7 @@ def train(args):
     space, n = envs[0].action_space, args.num_envs
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
     if not flat or not all(0 < width < math.inf for width in space.high - space.low):
-        sys.exit(f"error: {ALGO} needs a flat Box of floats with two bounds to act in, not {space}: try ppo, trpo, vpg")
+        sys.exit(f"error: {ALGO} needs a flat Box of floats with two bounds to act in, not {space}: try ppo, dqn, trpo")
     agent = Agent(args, *envs[0].observation_space.shape, space.low.tolist(), space.high.tolist(), device)
     size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
     memory = torch.from_numpy(np.empty(size, np.float32)).to(device)

@@ -85,7 +85,7 @@ class Args:
 
     num_steps: int = 1024  # steps of each environment in a rollout
     update_epochs: int = 10  # times that the value function goes through a rollout
-    num_minibatches: int = 16  # parts in which it does
+    num_minibatches: int = 16  # minibatches of a rollout in an epoch
     target_kl: float = 0.01  # mean KL divergence of a step of the policy, in nats
     cg_iters: int = 10  # rounds of conjugate gradients
     damping: float = 0.1  # multiple of the identity added to the Fisher matrix
@@ -257,7 +257,7 @@ def surrogate(log_prob, old_log_prob, advantage):
 
 
 def flat_gradient(y, parameters, **options):
-    """The gradient of a scalar, averaged over the ranks: [P]."""
+    """The gradient of a scalar on the data of this rank: [P]."""
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(y, parameters, **options)])
 
 
@@ -761,7 +761,7 @@ def train(args):
     elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
         box = space.shape[0], space.low.tolist(), space.high.tolist()
     else:
-        sys.exit(f"error: {ALGO} needs actions Discrete(n) or in a flat Box of floats, and {args.env_id} has {space}")
+        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, or in a flat Box of floats, not {space}")
     agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
     parts = {"agent": agent, "critic_optimizer": agent.critic_optimizer}
     run = (Run if RANK == 0 else Follower)(args, agent.actor, parts)

@@ -81,7 +81,7 @@ class Args:
 
     num_steps: int = 1024  # steps of each environment in a rollout
     update_epochs: int = 10  # times that the value function goes through a rollout
-    num_minibatches: int = 16  # parts in which it does
+    num_minibatches: int = 16  # minibatches of a rollout in an epoch
     policy_lr: float = 3e-3  # learning rate of the policy
     vf_lr: float = 1e-3  # learning rate of the value function
     gamma: float = 0.99  # discount
@@ -712,7 +712,7 @@ def train(args):
     elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
         box = space.shape[0], space.low.tolist(), space.high.tolist()
     else:
-        sys.exit(f"error: {ALGO} needs actions Discrete(n) or in a flat Box of floats, and {args.env_id} has {space}")
+        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, or in a flat Box of floats, not {space}")
     agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
     parts = {name: getattr(agent, name) for name in ("actor_optimizer", "critic_optimizer")}
     run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent, **parts})

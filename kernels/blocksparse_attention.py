@@ -660,7 +660,7 @@ def visible(
 @jit
 def forward_kernel(
     q, k, v, out, lse, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    lay_b, lay_h, H, G, Sq, Sk, scale, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr,
+    lay_b, lay_h, H, G, Sq, Sk, log2_scale, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr, PART: tl.constexpr,
     SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -686,9 +686,9 @@ def forward_kernel(
                 s = s * SIGN
             if MASKED or LENS:
                 s = tl.where(live, s, float("-inf"))
-            largest = tl.maximum(m, tl.max(s, 1) * scale)
+            largest = tl.maximum(m, tl.max(s, 1) * log2_scale)
             m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or LENS else largest  # inf - inf is NaN
-            p = tl.exp2(s * scale - m_[:, None])
+            p = tl.exp2(s * log2_scale - m_[:, None])
             shrink = tl.exp2(m - m_)
             total = total * shrink + tl.sum(p, 1)
             acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=PRECISION)
@@ -724,7 +724,7 @@ def ends_of(lse, i, Sq):
 @jit
 def dq_kernel(
     q, k, v, do, lse, delta, dq, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s,
-    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, scale, factor, D: tl.constexpr, DP: tl.constexpr,
+    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, log2_scale, scale, D: tl.constexpr, DP: tl.constexpr,
     T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
     PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -750,18 +750,18 @@ def dq_kernel(
             s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
             if SIGN != 1:
                 s = s * SIGN
-            p = tl.exp2(s * scale - ends[:, None])  # (4)
+            p = tl.exp2(s * log2_scale - ends[:, None])  # (4)
             ds = p * (tl.dot(g, tl.trans(z), input_precision=PRECISION) - d[:, None])  # (6)
             if MASKED or LENS:
                 ds = tl.where(live, ds, 0.0)
             acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
-    put_rows(dq + where * D, acc * factor, first, Sq, M, D, DP)  # (8)
+    put_rows(dq + where * D, acc * scale, first, Sq, M, D, DP)  # (8)
 
 
 @jit
 def dkdv_kernel(
     q, k, v, do, lse, delta, dk, dv, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s,
-    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, scale, factor, D: tl.constexpr, DP: tl.constexpr,
+    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, log2_scale, scale, D: tl.constexpr, DP: tl.constexpr,
     T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
     PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -793,14 +793,14 @@ def dkdv_kernel(
                 s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
                 if SIGN != 1:
                     s = s * SIGN
-                p = tl.exp2(s * scale - ends[None, :])  # (4)
+                p = tl.exp2(s * log2_scale - ends[None, :])  # (4)
                 ds = p * (tl.dot(z, tl.trans(g), input_precision=PRECISION) - d[None, :])  # (6)
                 if MASKED:
                     p = tl.where(live, p, 0.0)
                     ds = tl.where(live, ds, 0.0)
                 acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
                 acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=PRECISION)
-    put_rows(dk + where, tl.where(j < stop, acc_k * factor, 0.0), first, Sk, N, D, DP)  # (9)
+    put_rows(dk + where, tl.where(j < stop, acc_k * scale, 0.0), first, Sk, N, D, DP)  # (9)
     put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, D, DP)  # (7)
 
 
@@ -873,10 +873,10 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     lens = layout[0] if kv_lens is None else kv_lens.contiguous()
     forth = lens, forth, layout[5], layout[1], layout[3], layout[4], layout[12]
     back = lens, back, layout[11], layout[7], layout[9], layout[10], layout[12]
-    # Kernels take a positive factor, in units of log 2, and the sign apart: for it max(s) factor = max(s factor).
+    # The size of the scale, in units of log 2, apart from its sign: of a positive factor, max(s) f = max(s f).
     sign = (scale > TINY) - (scale < -TINY)
-    factor = (abs(scale) if sign else 1) * math.log2(math.e)
-    numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, factor)
+    log2_scale = (abs(scale) if sign else 1) * math.log2(math.e)
+    numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, log2_scale)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(layout[12]) > 0}
     constants |= {"SIGN": sign, "PRECISION": "tf32" if tf32 else "ieee"}
@@ -1162,6 +1162,7 @@ def peak(function, device):
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write into the table
     with torch.profiler.profile(profile_memory=True) as run:
         function()
     moves = [(e.start_ns(), e.nbytes()) for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -2,7 +2,7 @@
 
     python scripts/plot.py runs                                         all runs in a folder, at any depth
     python scripts/plot.py results/off_policy.jsonl --smooth 5          committed raw curves
-    python scripts/plot.py runs --save results/sac.jsonl                the same, and its points into such a file
+    python scripts/plot.py runs --save results/sac.jsonl                all runs, and their points into such a file
     python scripts/plot.py runs/a runs/b --legend "lr 1e-3" "lr 3e-4"   a name for each folder
     python scripts/plot.py runs --value loss/critic --x wall --select Hopper --exclude td3 --output critic.png
 

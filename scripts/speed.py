@@ -1,4 +1,4 @@
-"""Time the files of algos/ against their peers, in one run, in turns, with the same hyperparameters.
+"""Time the files of algos/ against their peers, in turns, with the same networks, batches and numbers of updates.
 
     python scripts/speed.py                                      every case, three rounds, one thread
     python scripts/speed.py --cases sac-hopper --threads 1 2     an axis: everyone with one thread, then with two
@@ -101,7 +101,7 @@ getattr(importlib.import_module(library), algo.upper())("MlpPolicy", env, seed=1
 
 @dataclass
 class Args:
-    """Time the files of algos/ against their peers, in one run, in turns, with the same hyperparameters."""
+    """Time the files of algos/ against their peers, in turns, with the same networks, batches and updates."""
 
     cases: tuple[Literal[tuple(CASES)], ...] = tuple(CASES)  # what to time
     peers: tuple[Literal["sb3", "sbx"], ...] = ("sb3", "sbx")  # against whom, where installed

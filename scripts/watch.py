@@ -41,10 +41,8 @@ class Args:
     run_dir: tyro.conf.Positional[Path]  # the folder of a run
     episodes: int = 5  # how many to play
     sample: bool = False  # draw the actions from the policy, as in training, in place of its best guess
-    max_steps: int = 0  # steps after which an episode is cut; 0 leaves that to the environment
-    render: Literal["auto", "window", "video", "none"] = (
-        "auto"  # auto: a window if it can, a video if --output is given
-    )
+    max_steps: int = 0  # steps after which an episode is cut; 0: by the environment, or after 27,000
+    render: Literal["auto", "window", "video", "none"] = "auto"  # a video with --output or without a display
     output: Path | None = None  # the video, .mp4 or .gif; None is RUN_DIR/videos/watch.mp4
     seed: int = 0  # of the episodes and the sampled actions
 

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -140,10 +142,19 @@ def test_numbers_too_small_to_be_normal_are_0(path):
         torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("folder", ["algos", "scripts", "tests"])
+@pytest.mark.parametrize("folder", ["algos", "kernels", "scripts", "tests"])
 def test_nothing_names_the_place_where_it_was_made(folder):
     for file in Path(ROOT / folder).glob("*.py"):
         assert not re.search(r"/(home|root|Users|mnt)/\w", file.read_text().replace("(home|root|Users|mnt)", "")), file
+
+
+@pytest.mark.skipif(not shutil.which("diff"), reason="needs diff")
+def test_readme_counts_the_lines_that_differ_between_siblings():
+    pairs = re.findall(r"^\| `(algos/\S+) (algos/\S+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(pairs) == 4
+    for *files, count in pairs:
+        said = subprocess.run(["diff", *files], cwd=ROOT, capture_output=True, text=True).stdout
+        assert len(re.findall("^[<>]", said, re.M)) == int(count), files
 
 
 def test_readme_has_a_line_for_every_file_of_the_suite():

@@ -78,6 +78,15 @@ def played(text):
     return episodes, [float(number) for number in numbers]
 
 
+@pytest.mark.parametrize("name", ["watch", "plot", "blocks", "report", "speed", "sweep", "export"])
+def test_help_says_what_every_flag_is_for(name):
+    """Every field of Args has its comment on its own line, where the help text is taken from."""
+    text = (ROOT / "scripts" / f"{name}.py").read_text()
+    body = text[text.index("class Args:") :].split("\n\n\n")[0]
+    flags = [line for line in body.splitlines() if re.match(r"    \w+: ", line)]
+    assert flags and all("  # " in line for line in flags), flags
+
+
 def test_watch_prints_and_films(runs, no_display):
     """The command: each return, mean and std, and by default an mp4 of every state."""
     pytest.importorskip("pygame")
