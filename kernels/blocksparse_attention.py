@@ -59,7 +59,8 @@ What matters beyond the equations:
  5. In the kernels the scale comes after the product, in float32, and with log2 e in it: exp2 is what the hardware has.
  6. One kernel sums dk and dv over the columns, for all the query heads of a key head, one sums dq over the rows.
  7. The PyTorch path puts rows with equal numbers of blocks together, over all heads, in chunks that suit the cache of
-    every thread. There, without a mask, exp is tried without a maximum; its sums show whether it needed one.
+    every thread. There, without a mask, exp is tried without a maximum; its sums, if they leave 1e-12 to 1e12, show
+    that it needed one. So values may go from 1e-26 to 1e26.
  8. It copies q, k and v where their blocks are no view; the kernels take strides as they are if the last one is 1.
  9. It waits for a GPU to know the sizes of its chunks; the kernels never do.
 """
@@ -626,34 +627,62 @@ def program(order, lens, heads, lay_b, lay_h, S, Sk, T: tl.constexpr, N: tl.cons
 
 
 @jit
-def steps_of(at, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
-    """Where the tiles of a row begin and how many steps of N they are: whole ones, or, where MASKED, those cut by the
-    diagonal or an end, and the partial ones."""
+def steps_of(at, idx, stop, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LENS: tl.constexpr):
+    """Where the tiles of a row begin and how many steps of N they are: whole ones, where LENS only those with a column
+    before `stop`, or, where MASKED, those cut by the diagonal or an end, and the partial ones."""
     if MASKED:
         a, c, n = tl.load(at + 2), tl.load(at + 4), tl.load(at + 3) - tl.load(at + 2)
         return a, n, c, (n + tl.load(at + 5) - c) * (T // N)
     else:
-        a, n = tl.load(at), tl.load(at + 1) - tl.load(at)
+        a, end = tl.load(at), tl.load(at + 1)
+        n = end - a
+        if LENS:  # the columns ascend
+            low = a
+            while low < end:
+                middle = (low + end) // 2
+                before = tl.load(idx + middle) * T < stop
+                low, end = tl.where(before, middle + 1, low), tl.where(before, end, middle)
+            n = low - a
         return a, n, a, n * (T // N)
 
 
 @jit
+def elements_of(bits, which, i, start, T: tl.constexpr, N: tl.constexpr, BACK: tl.constexpr):
+    """The element mask of queries i [M] and N keys from `start` on: 0 or 1, [M, N], or, where BACK, [N, M].
+
+    Loaded in words of 32 keys: of a load for each score the compiler would keep the mask, and compute the softmax, in
+    two layouts, with eleven times the work.
+    """
+    M: tl.constexpr = i.shape[0]
+    W: tl.constexpr = min(N, 32)
+    c = start % T + tl.arange(0, N // W) * W
+    row = bits + tl.maximum(which, 0).to(tl.int64) * (T * T // 32) + i % T * (T // 32)
+    if BACK:
+        word = tl.where(which < 0, -1, tl.load(row[None, :] + c[:, None] // 32) >> (c[:, None] % 32))
+        return tl.reshape(word[:, None, :] >> tl.arange(0, W)[None, :, None], [N, M]) & 1
+    else:
+        word = tl.where(which < 0, -1, tl.load(row[:, None] + c[None, :] // 32) >> (c[None, :] % 32))
+        return tl.reshape(word[:, :, None] >> tl.arange(0, W)[None, None, :], [M, N]) & 1
+
+
+@jit
 def visible(
-    i, j, entry, sub, part, bits, Sq, stop, shift,
-    T: tl.constexpr, b: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
+    i, start, entry, sub, part, bits, Sq, stop, shift, T: tl.constexpr, b: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Whether queries i see keys j, which broadcast, in a tile; where not MASKED the ends alone decide."""
-    live = (i < Sq) & (j < stop)
+    """Whether queries i [M] see N keys from `start` on, in a tile: [M, N], or, where BACK, [N, M]; where not MASKED the
+    ends alone decide."""
+    j = start + tl.arange(0, N)
+    row, col = (i[None, :], j[:, None]) if BACK else (i[:, None], j[None, :])
+    live = (row < Sq) & (col < stop)
     if MASKED:
         if CAUSAL:
-            live = live & (j <= i + shift)
+            live = live & (col <= row + shift)
         if b < T:
-            at = i % T // b * (T // b) + j % T // b
+            at = row % T // b * (T // b) + col % T // b
             live = live & (((tl.load(sub + entry) >> at.to(tl.int64)) & 1) == 1)
         if PART:
-            which = tl.load(part + entry)
-            at = tl.maximum(which, 0).to(tl.int64) * (T * T // 8) + (i % T * (T // 8) + j % T // 8)
-            live = live & ((which < 0) | (((tl.load(bits + at).to(tl.int32) >> (j % 8)) & 1) == 1))
+            live = live & (elements_of(bits, tl.load(part + entry), i, start, T, N, BACK) == 1)
     return live
 
 
@@ -671,13 +700,14 @@ def forward_kernel(
     k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
     acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
     for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
-        a, na, c, steps = steps_of(ranges + row * 6, T, N, MASKED)
+        a, na, c, steps = steps_of(ranges + row * 6, idx, stop, T, N, MASKED, LENS)
         for step in range(0, steps):
             n = step // (T // N)
             entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
             start = tl.load(idx + entry) * T + step % (T // N) * N
-            j = (start + tl.arange(0, N))[None, :]
-            live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+            live = visible(
+                i, start, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, N, CAUSAL, PART, MASKED, False
+            )  # fmt: skip
             seen = tl.max(live.to(tl.int32), 0) > 0  # no p of 0 may meet the NaN of a key that nobody here sees
             y = rows_of(k, start, seen, k_s, N, D, DP, MASKED or LENS)
             z = rows_of(v, start, seen, v_s, N, D, DP, MASKED or LENS)
@@ -716,9 +746,13 @@ def delta_kernel(
 
 
 @jit
-def ends_of(lse, i, Sq):
-    """lse in units of log 2; inf, which makes p 0, where there is no query."""
-    return tl.load(lse + i, mask=i < Sq, other=float("inf")) * 1.4426950408889634
+def saved(lse, delta, i, Sq, MASKED: tl.constexpr):
+    """lse in units of log 2, and delta; inf, which makes p 0, and 0 where there is no query."""
+    if MASKED:
+        ends, d = tl.load(lse + i, mask=i < Sq, other=float("inf")), tl.load(delta + i, mask=i < Sq, other=0.0)
+    else:
+        ends, d = tl.load(lse + i), tl.load(delta + i)
+    return ends * 1.4426950408889634, d
 
 
 @jit
@@ -733,17 +767,18 @@ def dq_kernel(
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
     x = rows_of(head_of(q, batch, head, q_b, q_h), first, i < Sq, q_s, M, D, DP, True)
     g = rows_of(head_of(do, batch, head, g_b, g_h), first, i < Sq, g_s, M, D, DP, True)
-    ends, d = ends_of(lse + where, i, Sq), tl.load(delta + where + i, mask=i < Sq, other=0.0)
+    ends, d = saved(lse + where, delta + where, i, Sq, True)
     k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
     acc = tl.zeros([M, DP], ACC)
     for MASKED in tl.static_range(2):
-        a, na, c, steps = steps_of(ranges + row * 6, T, N, MASKED)
+        a, na, c, steps = steps_of(ranges + row * 6, idx, stop, T, N, MASKED, LENS)
         for step in range(0, steps):
             n = step // (T // N)
             entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
             start = tl.load(idx + entry) * T + step % (T // N) * N
-            j = (start + tl.arange(0, N))[None, :]
-            live = visible(i[:, None], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, MASKED)
+            live = visible(
+                i, start, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, N, CAUSAL, PART, MASKED, False
+            )  # fmt: skip
             seen = tl.max(live.to(tl.int32), 0) > 0
             y = rows_of(k, start, seen, k_s, N, D, DP, MASKED or LENS)
             z = rows_of(v, start, seen, v_s, N, D, DP, MASKED or LENS)
@@ -777,7 +812,10 @@ def dkdv_kernel(
         queries, gradients = head_of(q, batch, h, q_b, q_h), head_of(do, batch, h, g_b, g_h)
         of_head = (batch * H + h).to(tl.int64) * Sq
         for MASKED in tl.static_range(2):
-            a, na, c, steps = steps_of(ranges + (row + one * lay_h * ((Sk + T - 1) // T)) * 6, T, M, MASKED)
+            at = ranges + (row + one * lay_h * ((Sk + T - 1) // T)) * 6
+            a, na, c, steps = steps_of(at, idx, stop, T, M, MASKED, False)
+            if LENS:
+                steps = tl.where(first < stop, steps, 0)
             for step in range(0, steps):
                 n = step // (T // M)
                 entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
@@ -785,11 +823,13 @@ def dkdv_kernel(
                 i = start + tl.arange(0, M)
                 sees = i < Sq
                 if MASKED:
-                    live = visible(i[None, :], j, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, CAUSAL, PART, True)
+                    live = visible(
+                        i, first, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, N, CAUSAL, PART, True, True
+                    )  # fmt: skip
                     sees = tl.max(live.to(tl.int32), 0) > 0  # nor the NaN of a query that sees nothing
                 x = rows_of(queries, start, sees, q_s, M, D, DP, MASKED or RAGGED)
                 g = rows_of(gradients, start, sees, g_s, M, D, DP, MASKED or RAGGED)
-                ends, d = ends_of(lse + of_head, i, Sq), tl.load(delta + of_head + i, mask=i < Sq, other=0.0)
+                ends, d = saved(lse + of_head, delta + of_head, i, Sq, MASKED or RAGGED)
                 s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
                 if SIGN != 1:
                     s = s * SIGN
@@ -833,7 +873,8 @@ def ranges_both(layout, T, Sq, Sk, causal):
     return forth, ranges(layout[6], layout[8], Kt, Qt, back_lo, back_hi, True)
 
 
-# M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps forward.
+# M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps where
+# nothing spills for it.
 FORWARD = {128: (128, 128, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 3, 4), 1024: (32, 32, 1, 4)}
 DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
 DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
@@ -851,7 +892,8 @@ def launch(kernel, table, q, tile, programs, *args, **constants):
         table = IEEE
     M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
     M, N = min(M, tile), min(N, tile)
-    warps = min(warps, max(4, M // 16)) if table is FORWARD else warps
+    halved = table is FORWARD or (table is DQ and DP * size <= 256) or (table is DKDV and DP * size <= 128)
+    warps = min(warps, max(4, max(M, N) // 16)) if halved else warps
     constants |= {"D": D, "DP": DP, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
     while True:
         try:
@@ -871,8 +913,9 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     (_, H, Sq, _), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
     forth, back = ranges_both(layout, T, Sq, Sk, causal)
     lens = layout[0] if kv_lens is None else kv_lens.contiguous()
-    forth = lens, forth, layout[5], layout[1], layout[3], layout[4], layout[12]
-    back = lens, back, layout[11], layout[7], layout[9], layout[10], layout[12]
+    bits = layout[12].view(torch.int32) if len(layout[12]) else layout[12]  # words of 32 keys
+    forth = lens, forth, layout[5], layout[1], layout[3], layout[4], bits
+    back = lens, back, layout[11], layout[7], layout[9], layout[10], bits
     # The size of the scale, in units of log 2, apart from its sign: of a positive factor, max(s) f = max(s f).
     sign = (scale > TINY) - (scale < -TINY)
     log2_scale = (abs(scale) if sign else 1) * math.log2(math.e)
