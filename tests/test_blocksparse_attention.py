@@ -533,6 +533,17 @@ ZOO = {
         True,
         lambda h, i, j: j <= i and (i // 32 == j // 32 or j // 8 % 4 == 3 - h),
     ),
+    "sliding_window, more keys": (
+        lambda: bs.sliding_window(50, 70, 16, 21),
+        False,
+        lambda h, i, j: 0 <= i + 20 - j < 21,
+    ),
+    "fixed, two summaries": (
+        lambda: bs.fixed(80, 80, 8, 4, summary=2, heads=2),
+        True,
+        lambda h, i, j: j <= i and (i // 32 == j // 32 or (3 - j // 8 % 4) // 2 == h),
+    ),
+    "prefix_lm, more keys": (lambda: bs.prefix_lm(50, 70, 16, 19), False, lambda h, i, j: j < 19 or j <= i + 20),
     "longformer": (
         lambda: bs.longformer(90, 90, 16, 20, 3),
         False,
@@ -552,9 +563,9 @@ def test_zoo(name):
     """Attention over the layout is attention over the pairs that its source says."""
     build, causal, rule = ZOO[name]
     layout = build()
-    sq, sk = {"causal": (50, 70), "strided": (80, 80), "fixed": (80, 80), "longformer": (90, 90)}.get(
-        name, (75, 75) if name == "block_diagonal" else (70, 70)
-    )
+    sizes = {"causal": (50, 70), "strided": (80, 80), "fixed": (80, 80), "longformer": (90, 90)}
+    sizes["block_diagonal"] = 75, 75
+    sq, sk = (50, 70) if "more keys" in name else sizes.get(name.split(",")[0], (70, 70))
     x = inputs(1, 2, 2, sq, sk, 16, torch.float64, "cpu")
     live = torch.tensor([[[rule(h, i, j) for j in range(sk)] for i in range(sq)] for h in range(2)])[None]
     compare("torch", layout, live, x, 1e-9, causal=causal)
@@ -577,6 +588,9 @@ def test_zoo_random():
     assert mask[:, (i - j).abs() <= 1].all() and mask[:, 0].all() and mask[:, :, 0].all()
     extra = (mask & ((i - j).abs() > 1) & (i > 0) & (j > 0)).sum(-1)
     assert extra.max() <= 3 and extra.float().mean() > 2 and not mask[0].equal(mask[1])
+    assert not bs.bigbird(16 * 40, 16 * 40, 16, heads=2, seed=1).to_mask().equal(mask)
+    assert bs.bigbird(16 * 40, 16 * 40, 16, window=7).to_mask()[:, (i - j).abs() <= 3].all()
+    assert not bs.random(6400, 6400, 16, 0.1, seed=1).to_mask().equal(bs.random(6400, 6400, 16, 0.1).to_mask())
     mask = bs.random(6400, 6400, 16, 0.1, heads=3).to_mask()
     assert mask.diagonal(dim1=1, dim2=2).all() and abs(mask.float().mean() - 0.1) < 0.01
     torch.set_default_dtype(torch.float64)

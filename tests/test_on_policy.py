@@ -1,6 +1,7 @@
 """The mathematics of vpg, trpo and ppo against slow references, and many ranks against one."""
 
 import itertools
+import math
 import os
 import signal
 import socket
@@ -274,7 +275,8 @@ def test_the_natural_gradient_takes_the_whole_step(trpo):
     for natural in (True, False):
         agent, batch = trpo_problem(trpo, 0, box=True, target_kl=5.0, damping=0.0, natural_gradient=natural)
         scales.append(agent.improve(batch)["policy/step"].item())
-    assert scales[0] == 1 and scales[1] < 1
+    assert scales[0] == 1 and 0 < scales[1] < 1
+    assert math.log(scales[1], 0.8) == pytest.approx(round(math.log(scales[1], 0.8)), abs=1e-4)
 
 
 def test_where_no_step_will_do_the_policy_stays(trpo):
@@ -286,6 +288,83 @@ def test_where_no_step_will_do_the_policy_stays(trpo):
         torch.testing.assert_close(old, new, rtol=0, atol=0)
 
 
+def test_a_small_natural_step_has_the_divergence_asked_for(trpo):
+    """(6), where the KL divergence is its second order and the equations are solved."""
+    flags = {"target_kl": 1e-10, "damping": 1e-6, "cg_iters": 300, "natural_gradient": True}
+    for box in (True, False):
+        agent, batch = trpo_problem(trpo, 1, box=box, **flags)
+        assert agent.double().improve(batch.double())["policy/kl"].item() == pytest.approx(1e-10, rel=0.2)
+
+
+def test_a_rollout_becomes_rows_to_learn_from(module):
+    """Observations normalised, s' as well, rewards divided and clipped, advantages by their definition, then scaled."""
+    torch.manual_seed(0)
+    agent = module.Agent(module.Args(hidden=(8,)), 3, 2, [-1.0, -1.0], [1.0, 1.0], torch.device("cpu"))
+    agent.actor.normalize.mean.copy_(torch.tensor([1.0, -2.0, 0.0]))
+    agent.actor.normalize.std.copy_(torch.tensor([2.0, 0.5, 1.0]))
+    agent.returns.mean.fill_(7.0)  # which nothing is to use
+    agent.returns.std.fill_(0.25)
+    obs, action, reward = torch.randn(4, 2, 3), torch.randn(4, 2, 2), torch.randn(4, 2)
+    reward[1, 0] = 50.0
+    ended = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    terminated = ended * torch.tensor([1.0, 0.0])
+    next_obs = torch.where(ended[..., None] == 1, torch.randn(4, 2, 3), torch.cat((obs[1:], torch.randn(1, 2, 3))))
+    rows = agent.prepare(obs, action, reward, terminated, ended, next_obs)
+
+    def normal(x):
+        return (x - torch.tensor([1.0, -2.0, 0.0])) / torch.tensor([2.0, 0.5, 1.0])
+
+    with torch.no_grad():
+        value, next_value = agent.value(normal(obs)), agent.value(normal(next_obs))
+    scaled = (4 * reward).clamp(-10, 10)
+    assert scaled[1, 0] == 10
+    columns = zip(*(x.T.tolist() for x in (scaled, value, next_value, terminated, ended)))
+    advantage = torch.tensor([advantages_by_definition(*column, 0.99, 0.95) for column in columns]).T
+    torch.testing.assert_close(rows[..., :3], normal(obs))
+    torch.testing.assert_close(rows[..., 3:5], action)
+    weight = (advantage - advantage.mean()) / advantage.std(unbiased=False)
+    torch.testing.assert_close(rows[..., -2], weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows[..., -1], advantage + value, rtol=1e-4, atol=1e-5)
+    agent.args.norm_adv = False
+    rows = agent.prepare(obs, action, reward, terminated, ended, next_obs)
+    torch.testing.assert_close(rows[..., -2], advantage, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_rollout_holds_and_when_its_statistics_move(module, tmp_path, monkeypatch):
+    """Noise of its own for every step and environment; observations counted once they are learnt from."""
+    seen, prepare = [], module.Agent.prepare
+
+    def noted(self, *rollout):
+        seen.append((*rollout, self.actor.normalize.mean.clone(), self.actor.normalize.count.item()))
+        return prepare(self, *rollout)
+
+    monkeypatch.setattr(module.Agent, "prepare", noted)
+    flags = SMALL_RUN | {"num_envs": 3, "env_id": "probe/Marker-v0", "total_timesteps": 180}
+    module.train(module.Args(run_dir=str(tmp_path / "run"), **flags))
+    assert len(seen) == 3
+    for i, (obs, action, reward, terminated, ended, next_obs, mean, count) in enumerate(seen):
+        assert len(action.unique()) == 60 and count == 60 * i
+        if i:
+            torch.testing.assert_close(mean, torch.cat([s[0] for s in seen[:i]]).mean((0, 1)))
+        assert not next_obs[..., 0].any() and terminated.sum() == 0 and ended.sum() > 0
+
+
+def test_what_ppo_logs(ppo):
+    torch.manual_seed(0)
+    agent = ppo.Agent(ppo.Args(hidden=(8,)), 4, 3, None, None, torch.device("cpu"))
+    obs, action, old = torch.randn(64, 4), torch.randint(3, (64,)), 0.3 * torch.randn(64)
+    policy = agent.actor(obs)
+    log_ratio = policy.log_prob(action).detach() - old
+    rows = torch.cat((obs, torch.stack((action, old, torch.randn(64), torch.randn(64)), -1)), -1)
+    metrics = agent.measure(rows)
+    ratio = log_ratio.exp()
+    expected = {"policy/entropy": policy.entropy().mean(), "value/mean": agent.value(obs).mean()}
+    expected["policy/kl"] = (ratio - 1 - log_ratio).mean()
+    expected["policy/clip_frac"] = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.detach())
+
+
 def test_rows_of_a_minibatch_come_equally_from_every_environment(ppo, tmp_path, monkeypatch):
     """As `train` draws them: each step of the rollout once an epoch, each environment as often as another."""
     seen, prepare = [], ppo.Agent.prepare
@@ -293,6 +372,7 @@ def test_rows_of_a_minibatch_come_equally_from_every_environment(ppo, tmp_path, 
     def numbered(self, *rollout):
         rows = prepare(self, *rollout)
         rows[..., 0] = torch.arange(3.0)  # the environment
+        rows[..., 1] = torch.arange(8.0)[:, None]  # the step
         return rows
 
     monkeypatch.setattr(ppo.Agent, "prepare", numbered)
@@ -305,6 +385,8 @@ def test_rows_of_a_minibatch_come_equally_from_every_environment(ppo, tmp_path, 
         assert sorted(batch[:, 0].tolist()) == [0, 0, 1, 1, 2, 2]
     for epoch in (seen[:4], seen[4:]):
         assert len({tuple(row) for batch in epoch for row in batch.tolist()}) == 24
+    orders = [torch.cat([batch[:, 1] for batch in epoch]) for epoch in (seen[:4], seen[4:])]
+    assert not orders[0].equal(orders[1]) and not orders[0].equal(orders[0].sort().values)
 
 
 def torchrun(path, *flags, ranks=2):

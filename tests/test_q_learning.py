@@ -42,6 +42,19 @@ def agent_of(module, seed=0, **flags):
     return agent, torch.cat((torch.randn(16, 3), action, torch.randn(16, 1), ends, torch.randn(16, 3)), -1)
 
 
+@pytest.mark.parametrize("name", ["ddpg", "dqn", "sac", "td3"])
+def test_targets_begin_as_copies_and_learn_nothing(name):
+    module = load(ROOT / "algos" / f"{name}.py")
+    shape = (3, 4) if name == "dqn" else (3, LOW, HIGH)
+    agent = module.Agent(module.Args(hidden=(8,)), *shape, torch.device("cpu"))
+    pairs = [(agent.critic, agent.target)]
+    if name in ("ddpg", "td3"):
+        pairs.append((agent.actor, agent.target_actor))
+    for online, target in pairs:
+        for one, other in zip(online.parameters(), target.parameters(), strict=True):
+            assert one.equal(other) and not other.requires_grad and one.data_ptr() != other.data_ptr()
+
+
 @pytest.mark.parametrize("delayed", [False, True])
 def test_update_is_the_pseudocode(module, delayed):
     """Three updates, one row at a time and with plain Adam, against those of the file."""
