@@ -108,6 +108,11 @@ CASES = {
     "block 64, a mask for each batch": (64, 2, 1, 1, 100, 130, 16, (2, 1), {}),
     "block 128": (128, 1, 1, 1, 130, 130, 16, (), {}),
     "full": (32, 1, 2, 2, 70, 70, 16, (), {"full": True}),
+    "full, with element masks": (32, 1, 2, 2, 70, 70, 16, (), {"full": True, "elements": True}),
+    "full, causal, one key more": (64, 1, 1, 1, 64, 65, 16, (), {"full": True, "causal": True}),
+    "full, causal, two queries": (64, 1, 1, 1, 2, 64, 16, (), {"full": True, "causal": True}),
+    "full, causal, twice the keys": (64, 1, 1, 1, 65, 130, 16, (), {"full": True, "causal": True}),
+    "full, causal, tiles more": (64, 1, 1, 1, 130, 256, 16, (), {"full": True, "causal": True}),
     "full, not square": (32, 1, 2, 2, 40, 70, 16, (), {"full": True, "causal": True}),
     "causal": (16, 1, 2, 2, 70, 70, 16, (2,), {"causal": True}),
     "causal, more keys": (32, 1, 2, 1, 40, 110, 16, (2,), {"causal": True}),
@@ -288,10 +293,10 @@ def test_strides(backend):
 
 # ---- against what PyTorch has ----------------------------------------------------------------------------------------
 def test_rows_far_apart():
-    """127 rows that are 2^24 numbers apart: a product beyond 2^31."""
+    """128 rows that are 2^24 numbers and more apart: the last is beyond 2^31."""
     if bs.triton is None:
         pytest.skip("Triton is not installed")
-    far = torch.empty(128, 2**24 + 64, dtype=torch.float16, device=DEVICE)[None, None, :, :16]  # pages never written
+    far = torch.empty(128, 2**24 + 2**18, dtype=torch.float16, device=DEVICE)[None, None, :, :16]  # pages never written
     near = far.copy_(torch.randn(1, 1, 128, 16)).contiguous()
     layout = bs.dense(128, 128, 128, device=DEVICE)
     assert attention(far, far, far, layout, backend="triton").equal(
@@ -378,7 +383,9 @@ def test_gradcheck_of_every_element(backend):
     assert torch.autograd.gradcheck(function(layout, backend), x)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True, "kv_lens": torch.tensor([17])}], ids=["plain", "hidden"])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "kv_lens": torch.tensor([17]), "scale": -0.4}], ids=["plain", "hidden"]
+)
 def test_gradgradcheck(options):
     x = [y.cpu().double().requires_grad_() for y in small("torch", 4)[1][:3]]
     layout = small("torch")[0].to("cpu")

@@ -2,9 +2,61 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import gymnasium as gym
+import numpy as np
+import probes
 import pytest
-from conftest import rows, run, two
+from conftest import load, rows, run, two
+
+
+class Growing(probes.Probe):
+    """Three steps; every step of its episodes gives what `rewards` says of them, one after the other."""
+
+    def __init__(self, rewards):
+        super().__init__(length=3, reward=lambda probe, action: self.now)
+        self.rewards = iter(rewards)
+
+    def reset(self, seed=None, options=None):
+        self.now = next(self.rewards)
+        return super().reset(seed=seed)
+
+
+def test_an_evaluation_reports_its_own_episodes(path):
+    """Of two environments in three evaluations, the last of which is worse than the one before."""
+    module, seen = load(path), []
+    envs = [gym.wrappers.RecordEpisodeStatistics(Growing(rewards)) for rewards in ((1, 2, 0), (5, 6, 1))]
+    actor = SimpleNamespace(act=lambda obs: np.zeros((len(obs), 1), np.float32))
+    logged = SimpleNamespace(args=SimpleNamespace(capture_video=False), eval_envs=envs, actor=actor, last={}, step=7)
+    logged.total, logged.log = 9, logged.last.update
+    logged.seeds = lambda n, stream: seen.append((n, stream)) or [3] * n
+    for mean, std, best in ((9, 6, 9), (12, 6, 12), (1.5, 1.5, 12)):
+        module.evaluate(logged)
+        assert logged.last == {"eval/return": mean, "eval/return_std": std, "eval/length": 3, "eval/best": best}
+    assert seen == [(2, 1)] * 3  # seeds of another stream than those of training
+
+
+@two
+def test_every_episode_is_logged_as_it_ends(path):
+    module, seen = load(path), []
+    training = object.__new__(module.Run)
+    training.step, training.log = 0, seen.append
+    envs = [gym.wrappers.RecordEpisodeStatistics(Growing([reward] * 9)) for reward in (1, 2, 2)]
+    training.reset(envs, [1, 2, 3])
+    for _ in range(7):
+        training.interact(envs, np.zeros((3, 1), np.float32))
+    assert seen == [{"episode/return": r, "episode/length": 3} for r in (3, 6, 6)] * 2
+
+
+@two
+def test_seeds_are_many_and_depend_on_everything(path):
+    module = load(path)
+    training, seen = object.__new__(module.Run), []
+    for seed, step, stream in ((1, 0, 0), (2, 0, 0), (1, 5, 0), (1, 0, 1)):
+        training.args, training.step = SimpleNamespace(seed=seed), step
+        seen += training.seeds(3, stream)
+    assert len({*seen}) == 12
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 import copy
 
 import numpy as np
+import probes  # noqa: F401  (registers the environments)
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, load, probe
 
 LOW, HIGH = [-3.0, 0.0], [3.0, 1.0]
 
@@ -53,6 +54,63 @@ def test_targets_begin_as_copies_and_learn_nothing(name):
     for online, target in pairs:
         for one, other in zip(online.parameters(), target.parameters(), strict=True):
             assert one.equal(other) and not other.requires_grad and one.data_ptr() != other.data_ptr()
+
+
+TRAIN = {"num_envs": 2, "total_timesteps": 400, "learning_starts": 100, "batch_size": 16}
+TRAIN |= {"hidden": (8,), "eval_every": 0}
+
+
+def test_the_rhythm_of_dqn(dqn, tmp_path, monkeypatch):
+    """Epsilon falls from the first step on; the target moves in its own rhythm; who acts is the network of now."""
+    seen, count = [], {"move": 0, "update": 0, "in_numpy": 0}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    greedy = dqn.epsilon_greedy
+    monkeypatch.setattr(dqn, "epsilon_greedy", lambda a, epsilon, n: seen.append(epsilon) or greedy(a, epsilon, n))
+    monkeypatch.setattr(dqn.Agent, "move_target", counted("move", dqn.Agent.move_target))
+    monkeypatch.setattr(dqn.Agent, "update", counted("update", dqn.Agent.update))
+    monkeypatch.setattr(dqn.QNetwork, "in_numpy", counted("in_numpy", dqn.QNetwork.in_numpy))
+    flags = {"train_frequency": 4, "target_network_frequency": 10, "start_e": 0.9, "end_e": 0.1}
+    args = dqn.Args(env_id="CartPole-v1", run_dir=str(tmp_path / "run"), exploration_fraction=0.5, **TRAIN, **flags)
+    dqn.train(args)
+    np.testing.assert_allclose(seen, [max(0.1, 0.9 - 0.8 * step / 200) for step in range(2, 401, 2)])
+    assert count == {"update": 300 // 4, "move": 300 // 10, "in_numpy": 1 + 300 // 4}
+
+
+@pytest.mark.parametrize("name", ["ddpg", "sac", "td3"])
+def test_who_acts_explores(name, tmp_path, monkeypatch):
+    module, seen = load(ROOT / "algos" / f"{name}.py"), []
+    act = module.Actor.act
+
+    def noted(self, obs, *args, **kwargs):
+        seen.append(kwargs)
+        return act(self, obs, *args, **kwargs)
+
+    monkeypatch.setattr(module.Actor, "act", noted)
+    args = module.Args(env_id="Pendulum-v1", run_dir=str(tmp_path / "run"), **TRAIN)
+    module.train(args)
+    assert len(seen) == 150 and all(kwargs == {"deterministic": False} for kwargs in seen)
+
+
+@pytest.mark.parametrize("name", ["ddpg", "dqn", "sac", "td3"])
+def test_all_of_the_memory_is_drawn_from(name, tmp_path, monkeypatch):
+    """Batches of the size asked for, in which old steps and new ones occur."""
+    module, seen = load(ROOT / "algos" / f"{name}.py"), []
+    update = module.Agent.update
+    monkeypatch.setattr(
+        module.Agent, "update", lambda self, batch, **kw: seen.append(batch) or update(self, batch, **kw)
+    )
+    flags = TRAIN | {"num_envs": 1, "env_id": probe(ROOT / "algos" / f"{name}.py", "Endless")}
+    module.train(module.Args(run_dir=str(tmp_path / "run"), eval_episodes=1, **flags))
+    assert all(len(batch) == 16 for batch in seen)
+    steps = torch.cat([batch[:, 0] for batch in seen]).mul(1e9).round().unique()
+    assert len(steps) > 330 and steps.min() < 10 and steps.max() > 360
 
 
 @pytest.mark.parametrize("delayed", [False, True])
