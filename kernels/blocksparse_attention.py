@@ -38,14 +38,14 @@ compute seven there, two of them twice, so that no sum depends on the order of p
 density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
-the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (a second run differs by up to 4 %):
+the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (another run was up to a quarter slower):
 
     density      forward    times dense    times Flex      with backward    times dense
-       5.0 %       14 ms        9.7 x         1.15 x             49 ms          9.5 x
-      12.3 %       28 ms        4.9 x         1.35 x             96 ms          4.8 x
-      24.6 %       50 ms        2.7 x         1.45 x            176 ms          2.6 x
-      89.9 %      170 ms       0.80 x         1.55 x            586 ms         0.79 x
-     100   %      137 ms       0.99 x         2.13 x            462 ms         0.99 x
+       5.0 %       14 ms        9.8 x         1.19 x             51 ms          9.0 x
+      12.3 %       28 ms        4.9 x         1.34 x            103 ms          4.5 x
+      24.6 %       51 ms        2.7 x         1.44 x            179 ms          2.6 x
+      89.9 %      172 ms       0.80 x         1.55 x            600 ms         0.82 x
+     100   %      140 ms       1.00 x         2.14 x            469 ms         1.01 x
 
 FlexAttention is told which blocks are whole; where it evaluates a mask_mod in each, it takes 2.0, 2.5 and 2.8 times as
 long as this file at the first three densities.
