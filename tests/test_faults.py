@@ -151,6 +151,24 @@ def test_what_is_not_a_number_stops_the_run_and_spares_the_checkpoint(path, tmp_
     assert all(value.isfinite().all() for value in state["agent"].values())
 
 
+def test_a_weight_that_is_not_finite_is_not_saved(sac, tmp_path, monkeypatch):
+    """Also where no loss has shown it yet."""
+    update, steps = sac.Agent.update, []
+
+    def spoil(self, batch):
+        metrics = update(self, batch)
+        steps.append(0)
+        if len(steps) == 300:
+            self.critic[0].weight.data[0, 0, 0] = torch.inf
+        return metrics
+
+    monkeypatch.setattr(sac.Agent, "update", spoil)
+    flags = {"learning_starts": 100, "hidden": (8,), "batch_size": 16, "checkpoint_every": 200, "eval_every": 0}
+    with pytest.raises(SystemExit, match="a weight is not finite at step 400"):
+        sac.train(sac.Args(env_id="Pendulum-v1", total_timesteps=600, run_dir=str(tmp_path), **flags))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["run"][0] == 200
+
+
 @pytest.mark.slow
 def test_a_loss_that_diverges_stops_the_run(path, tmp_path):
     rates = {"dqn": "--learning-rate", "ppo": "--learning-rate", "trpo": "--vf-lr", "vpg": "--vf-lr"}

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import probes
 import pytest
+import torch
 from conftest import load, rows, run, two
 
 
@@ -47,6 +48,30 @@ def test_every_episode_is_logged_as_it_ends(path):
     for _ in range(7):
         training.interact(envs, np.zeros((3, 1), np.float32))
     assert seen == [{"episode/return": r, "episode/length": 3} for r in (3, 6, 6)] * 2
+
+
+@two
+def test_episodes_without_an_end_are_cut(path):
+    """After as many steps as in Atari's games, since an evaluation waits for its episodes."""
+    module = load(path)
+    env = module.make_env(module.Args(env_id="probe/Endless-v0"))
+    env.reset(seed=0)
+    for step in range(1, 27_001):
+        _, _, terminated, truncated, _ = env.step(np.zeros(1, np.float32))
+        assert not terminated and truncated == (step == 27_000)
+
+
+@two
+def test_threads_and_seeds_are_set(path):
+    module, before, drawn = load(path), torch.get_num_threads(), []
+    try:
+        for threads, seed in ((2, 5), (1, 5), (1, 6)):
+            module.start(module.Args(threads=threads, seed=seed, device="cpu"), "", "", "gamma")
+            assert torch.get_num_threads() == threads
+            drawn.append(torch.rand(()).item())
+    finally:
+        torch.set_num_threads(before)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @two

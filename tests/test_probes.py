@@ -159,8 +159,9 @@ def test_gradient_steps_per_environment_step(path, tmp_path, utd, num_envs):
 
 @pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
 def test_actions_before_learning_are_uniform_in_the_box(path, tmp_path):
-    run = Trained(path, tmp_path, "Wide", gamma=0.9, steps=2000, learning_starts=2000)
+    run = Trained(path, tmp_path, "Wide", gamma=0.9, steps=2000, learning_starts=2000, num_envs=2)
     actions = run.state["memory"][:, 2]
+    assert (actions.diff() != 0).all()  # for each environment its own
     assert actions.min() > -3 and actions.max() < 3
     counts = torch.histc(actions, 6, -3, 3)
     assert ((counts - 2000 / 6).abs() < 5 * (2000 / 6) ** 0.5).all()

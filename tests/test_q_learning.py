@@ -194,6 +194,16 @@ def test_the_policy_moves_at_every_second_gradient_step(td3, tmp_path):
         assert taken == [int(utd * (total - 20)), policy]
 
 
+@pytest.mark.parametrize("frequency, known", [(2, True), (10**6, False)])
+def test_the_last_loss_of_the_policy_stays_in_the_log(td3, tmp_path, frequency, known):
+    """Where 999 gradient steps come before the row, of which the last is none of the policy."""
+    flags = {"hidden": (8,), "batch_size": 4, "eval_every": 0, "learning_starts": 1, "threads": 1, "device": "cpu"}
+    args = td3.Args(env_id="Pendulum-v1", total_timesteps=1000, run_dir=str(tmp_path), **flags)
+    args.policy_frequency = frequency
+    result = td3.train(args)
+    assert "loss/critic" in result and ("loss/actor" in result) == known
+
+
 def test_dqn_targets_by_hand(dqn):
     """One batch through the file's update, its loss from numbers: plain, double, dueling."""
     for double in (False, True):

@@ -1,13 +1,15 @@
 """A run that is killed at any moment and resumed gives the metrics and the weights of one that was left alone."""
 
+import json
 import os
 import random
+import shutil
 import subprocess
 import time
 
 import pytest
 import torch
-from conftest import ROOT, command, rows
+from conftest import ROOT, command, every, rows
 
 # The environments that each algorithm is killed in, with one and with three environments side by side.
 CASES = [
@@ -62,7 +64,11 @@ def test_killed_three_times_it_ends_bit_equal(path, env, num_envs, tmp_path):
     last = [*command(path, *flags, "--run-dir", killed), "--resume"]
     subprocess.run(last, check=True, capture_output=True, timeout=300)
 
-    told = f"killed {moments} seconds after its starts, where a whole run took {seconds}"
+    same_end(killed, whole, f"killed {moments} seconds after its starts, where a whole run took {seconds}")
+
+
+def same_end(killed, whole, told=""):
+    """What both runs logged, and what they ended with."""
     assert rows(killed) == rows(whole), told
     for name in ("checkpoint.pt", "policy.pt"):
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (killed, whole))
@@ -72,6 +78,25 @@ def test_killed_three_times_it_ends_bit_equal(path, env, num_envs, tmp_path):
                 step, _, metrics, _ = state.pop("run")  # without the seconds, and the bytes that they take up
                 state["metrics"] = {"step": step, **metrics}
         assert same(ours, theirs), f"{name}: {told}"
+
+
+@every
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_from_the_checkpoint_before_the_last_it_ends_bit_equal(path, num_envs, tmp_path):
+    """Killed when the rows after it were logged, and the last checkpoint was not yet there."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = command(path, "--num-envs", num_envs, "--checkpoint-every", 250, "--run-dir", whole)
+    subprocess.run(process, check=True, capture_output=True, timeout=300)
+    killed.mkdir()
+    for old, new in (("config.json",) * 2, ("metrics.jsonl",) * 2, ("checkpoint.prev.pt", "checkpoint.pt")):
+        shutil.copy(whole / old, killed / new)
+    step = torch.load(killed / "checkpoint.pt", weights_only=True)["run"][0]
+    assert 400 < step < 600 and rows(killed)[-1]["step"] >= 600
+    process = command(path, "--resume", "--run-dir", killed)
+    subprocess.run(process, check=True, capture_output=True, timeout=300)
+    same_end(killed, whole)
+    clock = [json.loads(line)["wall"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert clock == sorted(clock)
 
 
 def test_bit_equality_can_fail():

@@ -34,6 +34,15 @@ def test_log_probability_is_that_of_a_numerical_jacobian(sac, u):
         assert abs(naive.sum().item() - truth) > 1
 
 
+@pytest.mark.parametrize("written, taken", [(-30, -20), (-1, -1), (5, 2)])
+def test_the_spread_of_actions_has_bounds(sac, written, taken):
+    actor = sac.Actor(3, LOW, HIGH, (8,), "relu")
+    for x in actor.net[-1].parameters():
+        x.data.zero_()
+    actor.net[-1].bias.data[3:] = written
+    torch.testing.assert_close(actor(torch.randn(4, 3))[2], torch.full((4, 3), math.exp(taken)), rtol=1e-5, atol=0)
+
+
 def test_the_density_of_actions_integrates_to_one_over_the_box(sac):
     low, high = torch.tensor([-1.0]), torch.tensor([3.0])
     u = torch.linspace(-12, 12, 200_001, dtype=torch.float64)[:, None]
@@ -118,7 +127,7 @@ def reference_step(agent, optimizers, batch, noises, args):
         half = (agent.actor.high - agent.actor.low) / 2
         normal = torch.distributions.Normal(mean.double(), std.double()).log_prob(u.double())
         log_prob = (normal - torch.log(half.double() * (1 - torch.tanh(u.double()) ** 2))).sum()
-        return (agent.actor.high + agent.actor.low) / 2 + half * torch.tanh(u), log_prob.float()
+        return (agent.actor.high + agent.actor.low) / 2 + half * torch.tanh(u), log_prob.float(), std
 
     def q(net, k, obs, action):
         x = torch.cat((obs, action))
@@ -127,35 +136,42 @@ def reference_step(agent, optimizers, batch, noises, args):
             x = x.relu() if layer.weight.shape[-1] > 1 else x
         return x[0]
 
-    loss = 0
+    loss, values = 0, []
     for (s, a, r, d, s2), noise in zip(rows, noises[0]):
         with torch.no_grad():
-            a2, log_prob = act(s2, noise)
+            a2, log_prob, _ = act(s2, noise)
             y = r + args.gamma * (1 - d) * (min(q(agent.target, k, s2, a2) for k in range(2)) - alpha * log_prob)
         loss = loss + sum(0.5 * (q(agent.critic, k, s, a) - y) ** 2 for k in range(2)) / len(rows)
+        values += [q(agent.critic, k, s, a).item() for k in range(2)]
+    metrics = {"loss/critic": loss.item(), "value/mean": np.mean(values), "policy/alpha": alpha}
     critic_optimizer.zero_grad()
     loss.backward()
     critic_optimizer.step()
 
-    loss, log_probs = 0, []
+    loss, log_probs, stds = 0, [], []
     for (s, _, _, _, _), noise in zip(rows, noises[1]):
-        a, log_prob = act(s, noise)
+        a, log_prob, std = act(s, noise)
         loss = loss + (alpha * log_prob - torch.minimum(*[q(agent.critic, k, s, a) for k in range(2)])) / len(rows)
         log_probs.append(log_prob.item())
+        stds += std.tolist()
+    metrics |= {"loss/actor": loss.item(), "policy/entropy": -np.mean(log_probs), "policy/std": np.mean(stds)}
     actor_optimizer.zero_grad()
     loss.backward()
     actor_optimizer.step()
 
     alpha_optimizer.zero_grad()
-    (-agent.log_alpha * (np.mean(log_probs) + agent.target_entropy)).backward()
+    loss = -agent.log_alpha * (np.mean(log_probs) + agent.target_entropy)
+    loss.backward()
     alpha_optimizer.step()
     with torch.no_grad():
         for target, critic in zip(agent.target.parameters(), agent.critic.parameters()):
             target.copy_((1 - args.tau) * target + args.tau * critic)
+    return metrics | {"loss/alpha": loss.item()}
 
 
 def test_update_is_the_pseudocode(sac):
-    """Three updates against the reference, by which every loss, its order and its reach are pinned down."""
+    """Three updates against the reference, by which every loss, its order and its reach are pinned down; and what
+    there is to log of them."""
     args = sac.Args(hidden=(8, 8), tau=0.3, policy_lr=1e-2, q_lr=2e-2, batch_size=16, gamma=0.9)
     torch.manual_seed(1)
     agent = sac.Agent(args, 3, [-2.0, 0.0], [2.0, 1.0], torch.device("cpu"))
@@ -167,10 +183,11 @@ def test_update_is_the_pseudocode(sac):
         batch = torch.randn(16, 3 + 2 + 1 + 1 + 3)
         batch[:, 6] = (torch.arange(16) % 3 == 0).float()
         torch.manual_seed(seed)
-        agent.update(batch)
+        metrics = agent.update(batch)
         torch.manual_seed(seed)
         noises = torch.randn(16, 2), torch.randn(16, 2)
-        reference_step(slow, optimizers, batch, noises, args)
+        expected = reference_step(slow, optimizers, batch, noises, args)
+        assert {name: x.item() for name, x in metrics.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
         for (name, ours), theirs in zip(agent.named_parameters(), slow.parameters()):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
 
