@@ -198,18 +198,33 @@ def test_a_scale_that_float32_rounds_to_0(scale, backend):
     compare(backend, layout, live, x, 2e-5, causal=True, scale=scale)
 
 
-@pytest.mark.parametrize("shifts", [(0, 110, -110), (-110, 0, 110)])
-def test_logits_that_leave_the_range_of_exp(shifts, backend):
-    """Whole blocks in float32, where exp(110) is inf and exp(-110) 0: heads with more blocks come later."""
+@pytest.mark.parametrize(
+    "shifts, size", [((0, 110, -110), 1), ((-110, 0, 110), 1), ((-100, 0, 0), 1), ((0, 50, -50), 1e20)]
+)
+def test_logits_that_leave_the_range_of_exp(shifts, size, backend):
+    """Whole blocks in float32, where exp(110) is inf, exp(-110) 0, exp(-100) has few bits left, and exp(50) is too much
+    for values of 1e20: heads with more blocks come later."""
     mask = torch.tensor([[[1, 0, 0]] * 3, [[1, 1, 0]] * 3, [[1, 1, 1]] * 3]).bool().to(DEVICE)
     x = inputs(1, 3, 3, 48, 48, 16, torch.float32)
     x[0][..., 0] = 1
     x[1][..., 0] = torch.tensor(shifts)[:, None].to(x[1])
+    x[2] *= size
     ours = values(
         lambda *y: attention(*y, BlockLayout.from_mask(mask, 16), scale=1.0, return_lse=True, backend=backend), *x
     )
     exact = values(lambda *y: dense(*y, pairs(mask, 16, 48, 48), 1.0), *(y.double() for y in x))
     close(ours, exact, 2e-5)
+
+
+@pytest.mark.parametrize("logit", [-1000, 1000])
+def test_logits_far_from_those_of_what_is_not_there(logit, backend):
+    """A key beyond the lengths or the end has a score of 0 before it is masked, and exp(0 + 1000) is inf."""
+    layout, lens = bs.dense(100, 150, 32, device=DEVICE), torch.tensor([20, 70]).to(DEVICE)
+    x = inputs(2, 1, 1, 100, 150, 16)
+    x[0][..., 0], x[1][..., 0] = 1, logit
+    for options in ({}, {"kv_lens": lens}):
+        live = pairs(layout.to_mask(), 32, 100, 150, 2, **options)
+        compare(backend, layout, live, x, scale=1.0, **options)
 
 
 # ---- what must not leak ----------------------------------------------------------------------------------------------
@@ -503,6 +518,7 @@ def test_element_masks_are_packed_and_whole_blocks_keep_none():
 
     layout = BlockLayout.from_mask(mask, 8, rule)
     assert sum(s[0] for s in seen) == mask.sum()  # called on live blocks alone
+    assert layout.rule is layout.to(DEVICE).rule is rule
     bits = layout.tensors[12]
     assert bits.dtype == torch.uint8 and bits.shape == (mask[:, 1:].sum(), 8, 1)
     h, i, j = (x[:, None, None] for x in mask.nonzero().unbind(1))
@@ -604,6 +620,8 @@ def test_zoo_random():
     assert not bs.bigbird(16 * 40, 16 * 40, 16, heads=2, seed=1).to_mask().equal(mask)
     assert bs.bigbird(16 * 40, 16 * 40, 16, window=7).to_mask()[:, (i - j).abs() <= 3].all()
     assert not bs.random(6400, 6400, 16, 0.1, seed=1).to_mask().equal(bs.random(6400, 6400, 16, 0.1).to_mask())
+    for sq, sk in ((64, 64), (64, 128), (128, 64)):  # also where the diagonal is much of it
+        assert bs.random(sq, sk, 16, 0.5, heads=2000).density == pytest.approx(0.5, abs=0.02)
     mask = bs.random(6400, 6400, 16, 0.1, heads=3).to_mask()
     assert mask.diagonal(dim1=1, dim2=2).all() and abs(mask.float().mean() - 0.1) < 0.01
     torch.set_default_dtype(torch.float64)
@@ -630,6 +648,7 @@ BAD = {
     "one dtype: q torch.float64, k torch.float32": {"q": torch.zeros(2, 4, 40, 16, dtype=torch.float64)},
     "must be float16, bfloat16, float32 or float64": {n: torch.zeros(2, 4, 40, 16).int() for n in "qkv"},
     "one device: q meta": {"q": torch.zeros(2, 4, 40, 16, device="meta")},
+    "layout cpu": {n: torch.zeros(2, 4, 40, 16, device="meta") for n in "qkv"},
     "up to 48 queries and 48 keys, but q has 49 and k has 40": {"q": torch.zeros(2, 4, 49, 16)},
     "but q has 32": {"q": torch.zeros(2, 4, 32, 16)},
     "must be a BlockLayout: it is Tensor": {"layout": torch.ones(3, 3).bool()},
@@ -847,6 +866,23 @@ def test_a_bad_flag_is_one_sentence(flags, message):
     done = subprocess.run([sys.executable, FILE, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not bs.INTERPRET, reason="for the interpreter, which takes the tensors of a CPU")
+def test_head_sizes_that_the_kernels_do_not_take():
+    x, layout = torch.zeros(1, 1, 40, 257), bs.dense(40, 40, 16)
+    with pytest.raises(ValueError, match=r"head sizes up to 256, and no float64: q \[1, 1, 40, 257\]"):
+        attention(x, x, x, layout, backend="triton")
+    assert attention(x, x, x, layout).shape == x.shape
+
+
+@pytest.mark.parametrize("spoil, worst", [(1.0, 0.5), (1.001, 20), (math.nan, math.nan)])
+def test_the_self_check_can_fail(spoil, worst, monkeypatch):
+    """Where outputs or what they are compared with are a thousandth off, or not numbers."""
+    exact = bs.dense_attention
+    monkeypatch.setattr(bs, "dense_attention", lambda *x: tuple(y * spoil for y in exact(*x)))
+    error = bs.self_check("torch", torch.device(DEVICE), torch.float32)
+    assert error < worst if spoil == 1 else error > worst if spoil > 1 else math.isnan(error)
 
 
 @pytest.mark.slow
