@@ -31,7 +31,8 @@ eval/*, deterministic episodes; speed/sps, environment steps a second since the 
 
 What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
- 2. Noise is in units of half the action box, per dimension; each environment draws its own.
+ 2. Noise is in half widths of the box, per dimension, drawn for each environment; the critic sees actions in them as
+    well: so a policy is learnt alike in any units.
  3. What noise moves is clipped to the bounds of its own dimension.
  4. Noise is white and Gaussian: the correlated noise of the paper brings nothing on today's tasks.
  5. `descend` takes gradients for one network, so (4) does not teach the critic.
@@ -112,9 +113,10 @@ def mlp(sizes, activation, layer=nn.Linear):
     return nn.Sequential(*layers[:-1])
 
 
-def q_values(critic, obs, action):
-    """Action values: obs [B, O], action [B, A] -> [B]."""
-    return critic(torch.cat((obs, action), -1)).squeeze(-1)
+def q_values(critic, obs, action, low, high):
+    """Action values: obs [B, O], action [B, A] in the box [A] -> [B]."""
+    in_half_widths = (action - (low + high) / 2) / ((high - low) / 2)
+    return critic(torch.cat((obs, in_half_widths), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -188,15 +190,16 @@ class Agent(nn.Module):
     def update(self, batch):
         """A gradient step of everything, on rows (s, a, r, d, s') [B, 2 O + A + 2]; returns scalar tensors to log."""
         obs, action, reward, terminated, next_obs = batch.split(self.columns, -1)
+        box = self.actor.low, self.actor.high
         with torch.no_grad():
-            next_q = q_values(self.target, next_obs, self.target_actor(next_obs))  # [B]
+            next_q = q_values(self.target, next_obs, self.target_actor(next_obs), *box)  # [B]
             y = q_target(reward[:, 0], terminated[:, 0], next_q, self.args.gamma)  # (2)
-        q = q_values(self.critic, obs, action)  # [B]
+        q = q_values(self.critic, obs, action, *box)  # [B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (3)
         metrics = {"loss/critic": loss_q, "value/mean": q.detach().mean()}
 
-        metrics["loss/actor"] = actor_loss(q_values(self.critic, obs, self.actor(obs)))
+        metrics["loss/actor"] = actor_loss(q_values(self.critic, obs, self.actor(obs), *box))
         descend(self.actor_optimizer, metrics["loss/actor"])  # (4)
         with torch.no_grad():
             for target, source in ((self.target, self.critic), (self.target_actor, self.actor)):

@@ -17,7 +17,7 @@ Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", https://a
             y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a' | s')),   a' ~ pi(. | s')                (1)
             Q_i descends                  sum_i mean 1/2 (Q_i(s, a) - y)^2                                       (2)
             a~ = low + (high - low) (1 + tanh u) / 2,   u = mean(s) + std(s) noise,   noise ~ N(0, 1)            (3)
-            log pi(a~ | s) = sum over dimensions of   log N(u; mean, std) - log((high - low) / 2 (1 - tanh^2 u)) (4)
+            log pi(a~ | s) = sum over dimensions of   log N(u; mean, std) - log(1 - tanh^2 u)                    (4)
             pi descends                   mean alpha log pi(a~ | s) - min_i Q_i(s, a~)                           (5)
             log alpha descends            -log alpha mean(log pi(a~ | s) + target entropy)                       (6)
             Q'_i moves to                 Q'_i + tau (Q_i - Q'_i)                                                (7)
@@ -36,7 +36,9 @@ What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
  2. The critics are one stacked network; `descend` takes gradients for one network, so (5) does not teach them.
  3. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
- 4. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
+ 4. (4) is the density in half widths of the box, in which the critics see actions too: so a policy is learnt alike
+    in any units, and a box of any width has room for the target entropy.
+ 5. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
 """
 
 # Shapes: B batch, N environments, O observation, A action, K critics.
@@ -83,7 +85,7 @@ class Args:
     q_lr: float = 1e-3  # learning rate of the critics
     alpha: float = 0.2  # the temperature, or where it starts from under --autotune
     autotune: bool = True  # learn the temperature
-    target_entropy: float | None = None  # what --autotune steers the entropy to, in nats; None is -A
+    target_entropy: float | None = None  # nats that --autotune steers to, of actions in half widths; None is -A
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # non-linearity between layers
 
@@ -126,9 +128,10 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
-def q_values(critic, obs, action):
-    """Action values by each of K stacked critics: obs [B, O], action [B, A] -> [K, B]."""
-    return critic(torch.cat((obs, action), -1)).squeeze(-1)
+def q_values(critic, obs, action, low, high):
+    """Action values by each of K stacked critics: obs [B, O], action [B, A] in the box [A] -> [K, B]."""
+    in_half_widths = (action - (low + high) / 2) / ((high - low) / 2)
+    return critic(torch.cat((obs, in_half_widths), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -143,7 +146,7 @@ class Actor(nn.Module):
 
     def forward(self, obs):
         u, noise, log_std = self.draw(obs)
-        return squash(u, self.low, self.high), log_prob(u, noise, log_std, self.low, self.high), log_std.exp()
+        return squash(u, self.low, self.high), log_prob(u, noise, log_std), log_std.exp()
 
     def draw(self, obs, deterministic=False):  # -> u, the action before it is squashed; noise; log std; all [..., A]
         mean, log_std = self.net(obs).chunk(2, -1)
@@ -163,10 +166,10 @@ def squash(u, low, high):
     return torch.lerp(low, high, (1 + u.tanh()) / 2)  # never a rounding error of float32 outside of the box
 
 
-def log_prob(u, noise, log_std, low, high):
-    """(4) of the action in its box, in a form that is exact where tanh u rounds to 1: all [..., A] or [A] -> [...]."""
+def log_prob(u, noise, log_std):
+    """(4), in a form that is exact where tanh u rounds to 1: all [..., A] -> [...]."""
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_slope = ((high - low) / 2).log() + 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
     return (log_normal - log_slope).sum(-1)
 
 
@@ -218,17 +221,18 @@ class Agent(nn.Module):
     def update(self, batch):
         """A gradient step of everything, on rows (s, a, r, d, s') [B, 2 O + A + 2]; returns scalar tensors to log."""
         obs, action, reward, terminated, next_obs = batch.split(self.columns, -1)
+        box = self.actor.low, self.actor.high
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob, _ = self.actor(next_obs)
-            next_q = q_values(self.target, next_obs, next_action)  # [K, B]
+            next_q = q_values(self.target, next_obs, next_action, *box)  # [K, B]
             y = soft_target(reward[:, 0], terminated[:, 0], next_q, next_log_prob, alpha, self.args.gamma)  # (1)
-        q = q_values(self.critic, obs, action)  # [K, B]
+        q = q_values(self.critic, obs, action, *box)  # [K, B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (2)
 
         new_action, new_log_prob, std = self.actor(obs)  # (3), (4)
-        loss_pi = actor_loss(q_values(self.critic, obs, new_action), new_log_prob, alpha)
+        loss_pi = actor_loss(q_values(self.critic, obs, new_action, *box), new_log_prob, alpha)
         metrics = {"loss/critic": loss_q, "loss/actor": loss_pi, "policy/alpha": alpha}
         if self.args.autotune:
             metrics["loss/alpha"] = alpha_loss(self.log_alpha, new_log_prob, self.target_entropy)
@@ -562,13 +566,14 @@ def load_policy(run_dir, deterministic=True):
 def train(args):
     """Run SAC as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
     device = start(args, "buffer_size batch_size utd policy_lr q_lr alpha tau hidden", "learning_starts", "gamma tau")
-    if not math.isfinite(args.target_entropy or 0):
-        sys.exit(f"error: --target-entropy is {args.target_entropy}, and must be finite")
     envs = [make_env(args) for _ in range(args.num_envs)]
     space, n = envs[0].action_space, args.num_envs
     flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
     if not flat or not all(0 < width < math.inf for width in space.high - space.low):
         sys.exit(f"error: {ALGO} needs a flat Box of floats with two bounds to act in, not {space}: try ppo, dqn, trpo")
+    most = math.log(2) * space.shape[0]  # of actions all over the box
+    if not -math.inf < (args.target_entropy or 0) < most:
+        sys.exit(f"error: --target-entropy is {args.target_entropy}, and must be below {most:.3f}, A log 2")
     agent = Agent(args, *envs[0].observation_space.shape, space.low.tolist(), space.high.tolist(), device)
     size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
     memory = torch.from_numpy(np.empty(size, np.float32)).to(device)

@@ -33,7 +33,8 @@ eval/*, deterministic episodes; speed/sps, environment steps a second since the 
 
 What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
- 2. Noise is in units of half the action box, per dimension; each sample and each environment draws its own.
+ 2. Noise is in half widths of the box, per dimension, drawn for each sample and environment; critics see actions in
+    them as well: so a policy is learnt alike in any units.
  3. What noise moves is clipped to the bounds of its own dimension, in the target too.
  4. The gradient step's number follows from the step, so a resumed run keeps to the beat of `policy_frequency`.
  5. The critics are one stacked network; `descend` takes gradients for one network, so (4) does not teach them.
@@ -129,9 +130,10 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
-def q_values(critic, obs, action):
-    """Action values by each of K stacked critics: obs [B, O], action [B, A] -> [K, B]."""
-    return critic(torch.cat((obs, action), -1)).squeeze(-1)
+def q_values(critic, obs, action, low, high):
+    """Action values by each of K stacked critics: obs [B, O], action [B, A] in the box [A] -> [K, B]."""
+    in_half_widths = (action - (low + high) / 2) / ((high - low) / 2)
+    return critic(torch.cat((obs, in_half_widths), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -210,20 +212,22 @@ class Agent(nn.Module):
     def update(self, batch, delayed):
         """A gradient step of the critics on rows (s, a, r, d, s') [B, 2 O + A + 2], and of the rest if `delayed`."""
         obs, action, reward, terminated, next_obs = batch.split(self.columns, -1)
+        box = self.actor.low, self.actor.high
         with torch.no_grad():
             next_action = self.target_actor(next_obs)
             noise = target_noise(next_action, self.args.policy_noise, self.args.noise_clip)
             next_action = perturb(next_action, noise, self.actor.low, self.actor.high)
-            next_q = q_values(self.target, next_obs, next_action)  # [K, B]
+            next_q = q_values(self.target, next_obs, next_action, *box)  # [K, B]
             y = q_target(reward[:, 0], terminated[:, 0], next_q, self.args.gamma)  # (2)
-        q = q_values(self.critic, obs, action)  # [K, B]
+        q = q_values(self.critic, obs, action, *box)  # [K, B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (3)
         metrics = {"loss/critic": loss_q, "value/mean": q.detach().mean()}
 
         if delayed:
             first = {name: x[:1].detach() for name, x in self.critic.named_parameters()}  # the only one asked
-            q = q_values(partial(torch.func.functional_call, self.critic, first), obs, self.actor(obs))  # [1, B]
+            critic = partial(torch.func.functional_call, self.critic, first)
+            q = q_values(critic, obs, self.actor(obs), *box)  # [1, B]
             metrics["loss/actor"] = actor_loss(q)
             descend(self.actor_optimizer, metrics["loss/actor"])  # (4)
             with torch.no_grad():

@@ -121,6 +121,11 @@ def near(target):
     return lambda probe, action: 1 - float(abs(action[0] - target))
 
 
+def relatively(width, probe, action):
+    """Best is 0.5 of the width."""
+    return 1 - float(action[0] / width - 0.5) ** 2
+
+
 def squarely(probe, action):
     """Best is 0.5 in a box, and 2 of 0, 1, 2."""
     return 1 - (float(action) - 2) ** 2 if np.ndim(action) == 0 else 1 - (float(action[0]) - 0.5) ** 2
@@ -133,6 +138,9 @@ for name, make in {
     "Delayed": partial(Probe, length=2, reward=delayed),
     "Acted": partial(Probe, reward=squarely),
     "Free": partial(Probe, length=5, low=-np.inf, high=np.inf),
+    "Unit": partial(Probe, low=-1.0, high=1.0, reward=partial(relatively, 1.0)),
+    "Narrow": partial(Probe, low=-(2.0**-6), high=2.0**-6, reward=partial(relatively, 2.0**-6)),
+    "Huge": partial(Probe, low=-(2.0**8), high=2.0**8, reward=partial(relatively, 2.0**8)),
     "Wide": partial(Probe, low=-3.0, high=3.0, reward=near(2.0)),
     "Cut": partial(Blind, length=5, ends=False),
     "Ended": partial(Probe, length=5),

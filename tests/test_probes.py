@@ -21,6 +21,8 @@ FAST = {
     "trpo": ROLLOUT | {"vf_lr": 3e-3, "target_kl": 0.05},
     "vpg": ROLLOUT | {"vf_lr": 3e-3, "policy_lr": 3e-2},
 }
+UNITS = ("Unit", "Narrow", "Huge")  # one task, in boxes of several widths
+BOUNDS = ("actor.low", "actor.high", "target_actor.low", "target_actor.high")
 LONGER = {"ppo": 3, "trpo": 5, "vpg": 8}  # on-policy files see each step but for one rollout
 
 
@@ -48,7 +50,8 @@ class Trained:
         if self.algo == "dqn":
             return self.agent.critic(obs).max().item()
         action = torch.from_numpy(self.policy(obs.numpy()))
-        return self.module.q_values(self.agent.critic, obs, action).mean().item()
+        box = self.agent.actor.low, self.agent.actor.high
+        return self.module.q_values(self.agent.critic, obs, action, *box).mean().item()
 
 
 @pytest.fixture(params=EVERY)
@@ -113,13 +116,24 @@ def test_entropy_is_worth_nothing_after_the_end(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [1.0, -1.0])
+@pytest.mark.parametrize("target", [0.4, -1.0])
 @pytest.mark.parametrize("path", [ROOT / "algos" / "sac.py"], ids=["sac"])
 def test_the_temperature_finds_the_target_entropy(path, tmp_path, target):
-    """In the units of the box [-3, 3], whose uniform density has log 6 = 1.79 nats."""
+    """In half widths of the box [-3, 3], in which the uniform density has log 2 = 0.69 nats."""
     run = Trained(path, tmp_path, "Wide", gamma=0.9, autotune=True, alpha=0.2, target_entropy=target, steps=2000)
     log_prob = run.agent.actor(torch.tensor([[0.0, 1.0]]).expand(4096, 2))[1]
     assert -log_prob.mean().item() == pytest.approx(target, abs=0.15)
+
+
+@pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
+def test_a_policy_is_learnt_alike_in_any_units(path, tmp_path):
+    """Actions from -1 to 1, and the same a 64th and 256 times as wide, which float32 scales without rounding."""
+    flags = {"autotune": True} if path.stem == "sac" else {}
+    runs = [Trained(path, tmp_path / env, env, gamma=0.9, steps=600, **flags) for env in UNITS]
+    for run in runs[1:]:
+        for name, weights in runs[0].state["agent"].items():
+            assert name in BOUNDS or weights.equal(run.state["agent"][name]), name
+    assert all(run.result["loss/critic"] == runs[0].result["loss/critic"] for run in runs)
 
 
 def test_observations_outlive_the_steps_of_other_environments(sac):

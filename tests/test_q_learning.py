@@ -126,7 +126,7 @@ def test_update_is_the_pseudocode(module, delayed):
     half, low, high = torch.tensor([3.0, 0.5]), torch.tensor(LOW), torch.tensor(HIGH)
 
     def q(critic, k, s, a):
-        x = torch.cat((s, a))[None]
+        x = torch.cat((s, (a - (low + high) / 2) / half))[None]
         return critic(x)[(k, 0, 0) if heads == 2 else (0, 0)]
 
     for number in range(3):

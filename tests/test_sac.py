@@ -11,26 +11,21 @@ import torch
 LOW, HIGH = [-0.4, -1.0, 0.0], [0.4, 3.0, 10.0]
 
 
-def density(u, mean, std, low, high):
-    """log p(a) where a = low + (high - low) (1 + tanh u) / 2: the normal density over a slope taken numerically."""
+def density(u, mean, std):
+    """log p of tanh u, the action in half widths of its box: the normal density over a slope taken numerically."""
     with mpmath.workdps(60):
-        slope = mpmath.diff(
-            lambda x: mpmath.mpf(low) + (mpmath.mpf(high) - mpmath.mpf(low)) * (1 + mpmath.tanh(x)) / 2, u
-        )
-        return float(mpmath.log(mpmath.npdf(u, mean, std)) - mpmath.log(slope))
+        return float(mpmath.log(mpmath.npdf(u, mean, std)) - mpmath.log(mpmath.diff(mpmath.tanh, u)))
 
 
 @pytest.mark.parametrize("u", [-10.0, -3.0, -0.1, 0.0, 1.5, 10.0])
 def test_log_probability_is_that_of_a_numerical_jacobian(sac, u):
-    mean, std = 0.25, 0.5
-    noise = torch.tensor([[(u - mean) / std] * 3])
-    log_std, low, high = torch.full((1, 3), math.log(std)), torch.tensor(LOW), torch.tensor(HIGH)
-    log_prob = sac.log_prob(mean + std * noise, noise, log_std, low, high)
-    truth = sum(density(u, mean, std, low, high) for low, high in zip(LOW, HIGH))
+    mean, std = torch.tensor([[0.25, 0.25, -0.5]]), torch.tensor([[0.5, 0.5, 2.0]])
+    log_prob = sac.log_prob(torch.full((1, 3), u), (u - mean) / std, std.log())
+    truth = sum(density(u, *x) for x in zip(mean[0].tolist(), std[0].tolist()))
     assert log_prob.item() == pytest.approx(truth, rel=1e-5, abs=1e-5)
     if abs(u) == 10:  # the usual form, for which tanh u has rounded to 1
-        naive = -0.5 * noise**2 - math.log(std) - 0.5 * math.log(2 * math.pi)
-        naive -= torch.log((torch.tensor(HIGH) - torch.tensor(LOW)) / 2 * (1 - torch.tanh(torch.tensor(u)) ** 2) + 1e-6)
+        naive = torch.distributions.Normal(mean, std).log_prob(torch.tensor(u))
+        naive -= torch.log(1 - torch.tanh(torch.tensor(u)) ** 2 + 1e-6)
         assert abs(naive.sum().item() - truth) > 1
 
 
@@ -44,11 +39,11 @@ def test_the_spread_of_actions_has_bounds(sac, written, taken):
 
 
 def test_the_density_of_actions_integrates_to_one_over_the_box(sac):
-    low, high = torch.tensor([-1.0]), torch.tensor([3.0])
+    """In half widths of it."""
+    low, high = torch.tensor([[-1.0], [3.0]], dtype=torch.float64)
     u = torch.linspace(-12, 12, 200_001, dtype=torch.float64)[:, None]
-    low, high = low.double(), high.double()
-    action, log_prob = sac.squash(u, low, high), sac.log_prob(u, u, torch.zeros_like(u), low, high)
-    assert torch.trapezoid(log_prob.exp(), action[:, 0]).item() == pytest.approx(1, abs=1e-6)
+    action, log_prob = sac.squash(u, low, high), sac.log_prob(u, u, torch.zeros_like(u))
+    assert torch.trapezoid(log_prob.exp(), action[:, 0] / 2).item() == pytest.approx(1, abs=1e-6)
     assert action.min() >= -1 and action.max() <= 3
 
 
@@ -85,7 +80,7 @@ def test_stacked_critics_are_separate_networks(sac):
     torch.manual_seed(0)
     stacked = sac.mlp((5, 7, 6, 1), "relu", lambda i, o: sac.StackedLinear(2, i, o))
     obs, action = torch.randn(9, 3), torch.randn(9, 2)
-    q = sac.q_values(stacked, obs, action)
+    q = sac.q_values(stacked, obs, 2 * action + 1, torch.tensor([-1.0, -1.0]), torch.tensor([3.0, 3.0]))
     assert q.shape == (2, 9)
     q.square().sum().backward()
     for k in range(2):
@@ -119,18 +114,18 @@ def reference_step(agent, optimizers, batch, noises, args):
     ]
     critic_optimizer, actor_optimizer, alpha_optimizer = optimizers
     alpha = agent.log_alpha.exp().item()
+    center, half = (agent.actor.high + agent.actor.low) / 2, (agent.actor.high - agent.actor.low) / 2
 
     def act(obs, noise):
         out = agent.actor.net(obs)
         mean, std = out[: width[1]], out[width[1] :].clamp(-20, 2).exp()
         u = mean + std * noise
-        half = (agent.actor.high - agent.actor.low) / 2
         normal = torch.distributions.Normal(mean.double(), std.double()).log_prob(u.double())
-        log_prob = (normal - torch.log(half.double() * (1 - torch.tanh(u.double()) ** 2))).sum()
-        return (agent.actor.high + agent.actor.low) / 2 + half * torch.tanh(u), log_prob.float(), std
+        log_prob = (normal - torch.log(1 - torch.tanh(u.double()) ** 2)).sum()
+        return center + half * torch.tanh(u), log_prob.float(), std
 
     def q(net, k, obs, action):
-        x = torch.cat((obs, action))
+        x = torch.cat((obs, (action - center) / half))
         for layer in list(net)[::2]:
             x = x @ layer.weight[k] + layer.bias[k, 0]
             x = x.relu() if layer.weight.shape[-1] > 1 else x
@@ -198,7 +193,8 @@ def test_the_actor_step_leaves_no_trace_in_the_critics(sac):
     _, log_prob, _ = agent.actor(torch.randn(4, 3))
     before = [p.clone() for p in agent.critic.parameters()]
     action, log_prob, _ = agent.actor(torch.randn(4, 3))
-    loss = sac.actor_loss(sac.q_values(agent.critic, torch.randn(4, 3), action), log_prob, 0.2)
+    q = sac.q_values(agent.critic, torch.randn(4, 3), action, agent.actor.low, agent.actor.high)
+    loss = sac.actor_loss(q, log_prob, 0.2)
     sac.descend(agent.actor_optimizer, loss)
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(p.grad is not None and p.grad.any() for p in agent.actor.parameters())
