@@ -70,7 +70,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -249,9 +249,14 @@ class Agent(nn.Module):
 
 # ==== plumbing: the same text in every file ===========================================================================
 def start(args, above_0, at_least_0, at_most_1):
-    """Check the flags that are numbers, given by name, set threads and seed, and return the device."""
+    """Check the flags, those that are numbers given by name, set threads and seed, and return the device."""
     above_0 += " total_timesteps num_envs threads eval_episodes"
     at_least_0 += " seed eval_every checkpoint_every"
+    others = {float: float | int, float | None: float | int | None, tuple[int, ...]: tuple | list}
+    for name, kind in type(args).__annotations__.items():  # to which a command line is held, but no notebook
+        value, fits = getattr(args, name), others.get(kind, kind)
+        if not (value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, fits)):
+            sys.exit(f"error: {name} is {value!r}, and must be of {kind}")
     rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
     for names, least, most, rule in rules:
         values = {n: np.atleast_1d(getattr(args, n)) for n in names.split() if getattr(args, n) is not None}
@@ -281,7 +286,7 @@ def make_env(args, film=None):
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         film and env.reset() and env.render()  # which would fail at the first evaluation
     except Exception as error:  # of which each library that draws has its own
-        film and sys.exit(f"error: cannot film {args.env_id}: {error}: leave out --capture-video, or set MUJOCO_GL")
+        film and sys.exit(f"error: cannot film {args.env_id}: {error!r}: leave out --capture-video, or set MUJOCO_GL")
         raise
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
@@ -302,6 +307,8 @@ class Run:
         """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
+        while not args.run_dir and self.dir.exists():  # begun in the same second
+            self.dir = self.dir.with_name(f"{self.dir.name}-2")
         self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
         self.dir.mkdir(parents=True, exist_ok=True)
         self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
@@ -324,10 +331,10 @@ class Run:
         versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        films = args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
+        films = args.eval_every and args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
         self.eval_envs = [make_env(args, film) for film in (films if args.eval_every else films[:1])]
-        if 0 < args.checkpoint_every < 10 * args.num_envs * (self.eval_envs[0].unwrapped.spec.max_episode_steps or 0):
-            print("warning: --checkpoint-every is under ten episodes of each environment; it cuts those under way")
+        if 0 < args.checkpoint_every < 10 * args.num_envs * self.eval_envs[0].spec.max_episode_steps:
+            print("warning: --checkpoint-every is under 10 episodes of each environment: it cuts them", file=sys.stderr)
         self.mirror = lambda row: None
         if args.track == "tensorboard":
             board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
@@ -412,6 +419,7 @@ class Run:
                     print(bar, flush=True)
         finally:
             catch(signal.SIGINT, before)
+            self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
 
     def due(self, every):
         """Whether this round reached a multiple of `every`, or is the last."""
@@ -439,7 +447,7 @@ class Run:
 
     def interact(self, envs, actions):
         """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
-        steps = [env.step(action) for env, action in zip(envs, actions)]
+        steps = [env.step(action.copy()) for env, action in zip(envs, actions)]  # some scale an action in place
         true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
         ended = np.logical_or(terminated, truncated)
         obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
@@ -574,7 +582,8 @@ def train(args):
     envs = [make_env(args) for _ in range(args.num_envs)]
     space, n = envs[0].action_space, args.num_envs
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, and {args.env_id} has {space}: try sac, td3, ppo")
+        others = "sac, td3, ddpg, ppo, trpo and vpg take a flat Box of floats"
+        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, not {space}; {others}")
     agent = Agent(args, envs[0].observation_space.shape[0], int(space.n), device)
     size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
     memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
@@ -614,7 +623,6 @@ def train(args):
             obs, metrics = run.reset(envs, run.seeds(n)), {}
     run.write("result.json", run.last)
     [env.close() for env in run.eval_envs]
-    run.metrics.close()
     return run.last
 
 

@@ -67,6 +67,8 @@ def write(policy, folder):
             node.meta.pop("stack_trace", None)  # paths of this machine
         torch.export.save(program, data := io.BytesIO())  # into a file, a full disk would abort the process
         (folder / "policy.pt2").write_bytes(data.getvalue())
+        for name, number in program.constants.items():  # ONNX compares no float with an integer of numpy's
+            program.constants[name] = number.float()
         options = {"output_names": ["action"], "dynamic_shapes": shapes, "external_data": False, "verbose": False}
         torch.onnx.export(program, (), folder / "policy.onnx", **options)
 

@@ -64,6 +64,15 @@ class Reused(Marker):
         return self.array
 
 
+class Scaling(Probe):
+    """Scales the action that it is given in place, as some do to get at torques."""
+
+    def step(self, action):
+        result = super().step(action)
+        action *= 0
+        return result
+
+
 class Numbers(Blind):
     """Says with numbers, not booleans, that an episode is over."""
 
@@ -152,6 +161,7 @@ for name, make in {
     "BadReset": partial(Broken, "reset"),
     "BadBeginning": partial(Broken, "reset", sound=0),
     "Precise": Precise,
+    "Scaling": partial(Scaling, length=5),
     "Numbers": partial(Numbers, length=5, ends=False),
     "Endless": partial(Probe, length=10**9),
     "Image": partial(Odd, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
+import probes  # noqa: F401  (registers the environments)
 import pytest
 import torch
 from conftest import ALGOS, CONTINUOUS, ON_POLICY, ROOT, SMALL, TWO, command, env_id, every, load, probe, rows, run, two
@@ -96,6 +98,25 @@ def test_bad_flags(path, tmp_path, monkeypatch, capsys, flags, words):
 @pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
 def test_bad_flags_where_actions_are_continuous(path, tmp_path, monkeypatch, capsys, flags, words):
     refused_here(path, tmp_path, monkeypatch, capsys, flags, words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"total_timesteps": 1e3}, "total_timesteps is 1000.0, and must be of <class 'int'>"),
+        ({"hidden": 64}, "hidden is 64, and must be of tuple"),
+        ({"activation": "gelu"}, "activation is 'gelu', and must be of .*'relu', 'tanh', 'elu', 'silu'"),
+        ({"run_dir": Path("run")}, r"run_dir is .*Path\('run'\), and must be of str"),
+        ({"capture_video": "yes"}, "capture_video is 'yes', and must be of <class 'bool'>"),
+    ],
+    ids=lambda x: [*x][0] if isinstance(x, dict) else "",
+)
+def test_bad_flags_from_python(path, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    module = load(path)
+    with pytest.raises(SystemExit, match=words):
+        module.train(module.Args(**{"env_id": env_id(path), **flags}))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +279,43 @@ def test_what_cannot_be_filmed_is_said_before_anything_runs(path, tmp_path, monk
 
 
 @pytest.mark.slow
+@two
+def test_nothing_is_filmed_where_nothing_is_evaluated(path, tmp_path):
+    flags = ["--env-id", f"probes:{probe(path, 'Ended')}", "--capture-video", "--eval-every", 0]
+    process = run(path, *flags, "--run-dir", tmp_path / "run", env=TESTS)
+    assert process.returncode == 0 and not (tmp_path / "run" / "videos").exists(), process.stderr
+
+
+@two
+def test_checkpoints_that_cut_every_episode_are_warned_about(path, tmp_path):
+    for steps, warned in ((1999, True), (2000, False)):  # of Pendulum-v1, whose episodes last 200
+        flags = ["--env-id", "Pendulum-v1", "--checkpoint-every", steps, "--run-dir", tmp_path / str(steps)]
+        process = run(path, *flags, "--total-timesteps", 50)
+        assert process.returncode == 0 and ("under 10 episodes" in process.stderr) == warned, process.stderr
+
+
+@two
+def test_a_run_that_failed_can_be_resumed_in_its_process(path, tmp_path):
+    """Though the exception, which a notebook keeps, holds on to all that it was raised in."""
+    module = load(path)
+    flags = {"env_id": "probe/BadReward-v0", "run_dir": str(tmp_path / "run"), "threads": 1, "eval_every": 0}
+    for resume in (False, True):
+        with pytest.raises(SystemExit, match="reward or observation not finite") as kept:
+            module.train(module.Args(total_timesteps=600, resume=resume, **flags))
+    assert kept.traceback
+
+
+@two
+def test_two_runs_of_one_second_have_folders_of_their_own(path, tmp_path, monkeypatch):
+    module = load(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "strftime", lambda text: "now")
+    for _ in range(3):
+        module.train(module.Args(env_id="probe/Ended-v0", total_timesteps=10, eval_every=0, threads=1))
+    names = ["probe-Ended-v0__" + f"{path.stem}__1__now{end}" for end in ("", "-2", "-2-2")]
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == names
+
+
 @two
 def test_a_folder_with_the_metrics_of_somebody_else_is_not_emptied(path, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")

@@ -402,7 +402,9 @@ def test_what_vpg_and_trpo_log(algo, flags, box):
     obs, action = batch[:, :4], batch[:, 4:6] if box else batch[:, 4]
     with torch.no_grad():
         old, new = actor(obs), agent.actor(obs)
-        kl = [(p.log_prob(x) - q.log_prob(x)).mean() for p, q in ((old, new), (new, old)) for x in [p.sample((20_000,))]]
+        kl = [
+            (p.log_prob(x) - q.log_prob(x)).mean() for p, q in ((old, new), (new, old)) for x in [p.sample((20_000,))]
+        ]
         ratio = (new.log_prob(action) - old.log_prob(action)).exp()
         loss = -(ratio * batch[:, -2]) if algo == "trpo" else -old.log_prob(action) * batch[:, -2]
     assert abs(kl[0] - kl[1]) > 0.1 * kl[0]

@@ -160,6 +160,12 @@ def test_the_memory_holds_what_happened(path, tmp_path, env, num_envs):
     assert (reward == 1).all() and not terminated.any() and (action.abs() <= 1).all()
 
 
+@pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
+def test_the_memory_holds_actions_as_they_were_taken(path, tmp_path):
+    run = Trained(path, tmp_path, "Scaling", gamma=0.9, steps=300)
+    assert run.state["memory"][:, 2].abs().min() > 0
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("utd", [0.25, 1.0, 2.0])
 @pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)

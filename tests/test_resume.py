@@ -118,8 +118,8 @@ def test_two_runs_of_a_seed_agree_and_two_seeds_do_not(path, tmp_path):
 @pytest.mark.slow
 def test_evaluation_does_not_touch_training(path, tmp_path):
     """However often it is evaluated, a run learns the same."""
-    for name, every in (("often", 100), ("never", 0)):
-        process = command(path, "--eval-every", every, "--run-dir", tmp_path / name)
+    for name, steps in (("often", 100), ("never", 0)):
+        process = command(path, "--eval-every", steps, "--run-dir", tmp_path / name)
         subprocess.run(process, check=True, capture_output=True, timeout=300)
     often, never = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("often", "never"))
     assert same(often["agent"], never["agent"]) and same(often["rng"], never["rng"])
