@@ -138,6 +138,8 @@ def main(args):
     output = args.output or args.run_dir / "videos" / "watch.mp4"
     if output.suffix not in FILTERS:
         sys.exit(f"error: --output {output} must end in .mp4 or .gif")
+    if args.output and args.render in ("window", "none"):
+        sys.exit(f"error: --render {args.render} makes no video: take --render video, or leave out --output")
     render = args.render
     if render == "auto":
         render = "window" if has_display() and not args.output else "video"

@@ -251,6 +251,7 @@ def test_watch_errors(runs, count, tmp_path, no_display):
     error("--episodes must be", episodes=0)
     error("--max-steps", max_steps=-1)
     error("must end in .mp4 or .gif", output=Path("a.avi"))
+    error("--render none makes no video: take --render video", output=Path("a.mp4"), render="none")
 
 
 def test_watch_a_damaged_policy(runs, tmp_path, no_display):
