@@ -202,8 +202,8 @@ class BlockLayout:
 
         `element_mask` has patterns inside of them: bool [E, b, b] in the order of mask.nonzero(), or a function of
         batch, head, query and key (integer tensors that broadcast) that says which pairs live; it is called on live
-        blocks only, but on all of each, beyond the last query and key too. What causal=True, the ends and kv_lens
-        remove needs no element mask.
+        blocks only, but on all of each, beyond the last query and key too, and where a leading dimension of `mask` is
+        1 or absent, batch or head is always 0. What causal=True, the ends and kv_lens remove needs no element mask.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3, 4) or not mask.numel():
             got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -229,8 +229,11 @@ class BlockLayout:
                 r, c = row[some, None, None], col[some, None, None]
                 i, j = r % Qb * b + within[:, None], c * b + within
                 live = element_mask[some] if given else element_mask(r // Qb // H, r // Qb % H, i, j)
-                live = torch.as_tensor(live, device=row.device, dtype=torch.bool)
-                packed.append(pack(live.expand(len(some), b, b)))
+                try:
+                    live = torch.as_tensor(live, device=row.device, dtype=torch.bool).expand(len(some), b, b)
+                except (TypeError, RuntimeError) as error:
+                    raise ValueError(f"element_mask must give booleans that broadcast: {error}") from error
+                packed.append(pack(live))
             partial, bits = (torch.cat(x) for x in zip(*packed))
             if len(bits):
                 part = torch.where(partial, partial.cumsum(0) - 1, -1).int()
@@ -280,16 +283,20 @@ def grid(sq, sk, block_size, device):
     return i[:, None], j[None, :]
 
 
+def at_least(least, **numbers):
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} must be {least} or more; it is {number}")
+
+
 def uniform(heads, i, j, seed):
     """Random numbers [heads, Qb, Kb], the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(heads, len(i), j.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(i.device)
 
 
-def own_keys(i, sq, sk, block_size, stride):
+def own_keys(i, sq, sk, block_size):
     """The first and the last block that the keys of the queries' own places are in, under causal=True."""
-    if stride < 1:
-        raise ValueError(f"stride must be above 0; it is {stride}")
     return i + (sk - sq) // block_size, i - (sq - sk) // block_size
 
 
@@ -317,8 +324,9 @@ def strided(sq, sk, block_size, stride, heads=1, device=None):
 
     The lattice of head h is shifted by h.
     """
+    at_least(1, stride=stride, heads=heads)
     i, j = grid(sq, sk, block_size, device)
-    h, (first, last) = torch.arange(heads, device=device)[:, None, None], own_keys(i, sq, sk, block_size, stride)
+    h, (first, last) = torch.arange(heads, device=device)[:, None, None], own_keys(i, sq, sk, block_size)
     return BlockLayout.from_mask((j <= last) & ((first - j < stride) | ((last - j - h) % stride == 0)), block_size)
 
 
@@ -327,14 +335,16 @@ def fixed(sq, sk, block_size, stride, summary=1, heads=1, device=None):
 
     Head h takes the summary h stretches of `summary` from the end, around; for a call with causal=True.
     """
+    at_least(1, stride=stride, summary=summary, heads=heads)
     i, j = grid(sq, sk, block_size, device)
-    h, (first, last) = torch.arange(heads, device=device)[:, None, None], own_keys(i, sq, sk, block_size, stride)
+    h, (first, last) = torch.arange(heads, device=device)[:, None, None], own_keys(i, sq, sk, block_size)
     summaries = (stride - 1 - j % stride) // summary == h % max(1, stride // summary)
     return BlockLayout.from_mask((j <= last) & ((first // stride <= j // stride) | summaries), block_size)
 
 
 def bigbird(sq, sk, block_size, window=3, globals=1, random=3, heads=1, seed=0, device=None):
     """A window, global blocks at the beginning and random ones (Zaheer et al. 2020, arXiv 2007.14062), in blocks."""
+    at_least(0, random=random)
     i, j = grid(sq, sk, block_size, device)
     draw = uniform(heads, i, j, seed)
     chosen = torch.zeros_like(draw, dtype=torch.bool).scatter_(-1, draw.topk(min(random, j.shape[1])).indices, True)
@@ -351,6 +361,7 @@ def longformer(sq, sk, block_size, window, globals=1, device=None):
 
 def block_diagonal(lengths, block_size, device=None):
     """Documents of given lengths, packed, that do not see each other (Krell et al. 2021, arXiv 2107.02027)."""
+    at_least(0, **{f"lengths[{n}]": length for n, length in enumerate(lengths)})
     b, lengths = block_size, torch.tensor(lengths, device=device, dtype=torch.long)
     owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     grid(len(owner), len(owner), b, device)
@@ -471,7 +482,7 @@ def accurate(x):
 
 def whole(layout, sizes, q, k, kv_lens, scale, causal):
     """Whether a layout is full, on a CPU, where PyTorch's own attention does the same."""
-    square = not causal or (q.shape[2] == k.shape[2] and scale > TINY)  # there -inf is multiplied by the scale
+    square = not causal or (q.shape[2] == k.shape[2] and scale > TINY)  # its kernel multiplies -inf by the scale
     full = layout[1].numel() == math.prod(sizes[:2]) * -(-q.shape[2] // sizes[2]) * -(-k.shape[2] // sizes[2])
     plain = not len(layout[12]) and kv_lens is None and q.shape[1] == k.shape[1]
     return full and plain and square and q.device.type == "cpu"
@@ -623,7 +634,7 @@ def program(order, lens, heads, lay_b, lay_h, S, Sk, T: tl.constexpr, N: tl.cons
     one, pid = tl.program_id(0) // (tiles * (T // N)), tl.program_id(0) % (tiles * (T // N))
     batch, head, stop = one // heads, one % heads, Sk
     if LENS:
-        stop = tl.minimum(tl.load(lens + batch), Sk).to(tl.int32)
+        stop = tl.maximum(tl.minimum(tl.load(lens + batch), Sk), 0).to(tl.int32)
     row = (batch * lay_b + head * lay_h) * tiles
     tile = tl.load(order + row + pid // (T // N))
     return batch, head, row + tile, tile * T + pid % (T // N) * N, stop
@@ -915,7 +926,7 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     """What all the kernels take: index of either way, sizes, and constants."""
     (_, H, Sq, _), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
     forth, back = ranges_both(layout, T, Sq, Sk, causal)
-    lens = layout[0] if kv_lens is None else kv_lens.contiguous()
+    lens = layout[0] if kv_lens is None else kv_lens.contiguous()  # a pointer at least, which nobody follows
     bits = layout[12].view(torch.int32) if len(layout[12]) else layout[12]  # words of 32 keys
     forth = lens, forth, layout[5], layout[1], layout[3], layout[4], bits
     back = lens, back, layout[11], layout[7], layout[9], layout[10], bits
@@ -1020,17 +1031,22 @@ def backward(ctx, do, dlse):
 
 
 def double_backward(ctx, *gradients):
-    """Of dq, dk and dv, as functions of q, k, v, do and dlse: autograd over `differentiable`, in PyTorch alone."""
+    """Of dq, dk and dv, as functions of q, k, v, do and dlse: autograd over `differentiable`, in PyTorch alone. Where
+    these are to be differentiated in turn, they stay in the graph."""
     q, k, v, _, _, do, dlse, kv_lens, *layout = ctx.saved_tensors
     sizes, scale, causal, backend = ctx.numbers
     if backend != "torch":
         raise RuntimeError("blocksparse_attention: double backward needs the PyTorch path: pass backend='torch'")
+    again = torch.is_grad_enabled()
     with torch.enable_grad(), full_precision(q):
-        inputs = q, k, v, do, dlse = [x.detach().requires_grad_() for x in (q, k, v, do, dlse)]
+        inputs = q, k, v, do, dlse = [
+            x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_() for x in (q, k, v, do, dlse)
+        ]
         outputs = differentiable(q, k, v, layout, sizes, kv_lens, scale, causal)
         if outputs[0].requires_grad:
             first = torch.autograd.grad(outputs, (q, k, v), (do, dlse), create_graph=True)
-            dq, dk, dv, ddo, ddlse = torch.autograd.grad(first, inputs, gradients, materialize_grads=True)
+            options = {"materialize_grads": True, "create_graph": again}
+            dq, dk, dv, ddo, ddlse = torch.autograd.grad(first, inputs, gradients, **options)
         else:  # not a block lives
             dq, dk, dv, ddo, ddlse = (torch.zeros_like(x) for x in inputs)
     return dq, dk, dv, None, None, ddo, ddlse, [None] * len(layout), None, None, None, None, None
@@ -1046,9 +1062,10 @@ def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=
     causal: query i sees key j only where j <= i + Sk - Sq, so the last query sees the last key. scale: of q . k, any
     number, D^-1/2 by default. kv_lens [B]: keys from there on are seen by none. return_lse: also return the logarithm
     of the sum of exp(scores), [B, H, Sq], differentiable. backend: torch, triton, or auto, which is triton on CUDA.
-    A query that sees nothing gives 0, lse -inf and gradients 0.
+    A query that sees nothing gives 0, lse -inf and gradients 0. With the PyTorch path derivatives of any order work;
+    forward mode, as in torch.func.jvp, is refused.
     """
-    backend = check(q, k, v, layout, kv_lens, backend)
+    backend = check(q, k, v, layout, kv_lens, scale, backend)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tensors, tile = (layout.tensors, layout.block_size) if backend == "torch" else (layout.tiles, layout.tile)
     sizes = [layout.lead_b, layout.lead_h, layout.block_size, tile]
@@ -1056,7 +1073,7 @@ def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=
     return (out, lse) if return_lse else out
 
 
-def check(q, k, v, layout, kv_lens, backend):
+def check(q, k, v, layout, kv_lens, scale, backend):
     """Refuse bad input before any kernel starts; returns the backend that auto stands for."""
 
     def require(holds, message, error=ValueError):
@@ -1065,6 +1082,9 @@ def check(q, k, v, layout, kv_lens, backend):
 
     def given(what):
         return ", ".join(f"{name} {what(x)}" for name, x in (("q", q), ("k", k), ("v", v)))
+
+    def kinds():
+        return given(lambda x: type(x).__name__)
 
     def shapes():
         return given(lambda x: list(x.shape))
@@ -1075,6 +1095,7 @@ def check(q, k, v, layout, kv_lens, backend):
     def devices():
         return f"{given(lambda x: x.device)}, layout {layout.device}"
 
+    require(all(isinstance(x, Tensor) for x in (q, k, v)), lambda: f"q, k and v must be tensors: {kinds()}")
     require(q.dim() == k.dim() == v.dim() == 4, lambda: f"q, k and v must be [batch, heads, length, size]: {shapes()}")
     (B, H, Sq, D), (_, K, Sk, _) = q.shape, k.shape
     require(k.shape == v.shape, lambda: f"k and v must have one shape: {shapes()}")
@@ -1107,6 +1128,10 @@ def check(q, k, v, layout, kv_lens, backend):
                 + (f"{kv_lens.dtype} {list(kv_lens.shape)} on {kv_lens.device}" if tensor else type(kv_lens).__name__)
             ),
         )
+    require(scale is None or math.isfinite(scale), lambda: f"scale must be finite: it is {scale}")
+    tangents = (torch.autograd.forward_ad.unpack_dual(x).tangent for x in (q, k, v))
+    forward = "there is no forward mode: use torch.autograd.functional.jvp"  # of which zeros would come back
+    require(all(tangent is None for tangent in tangents), lambda: forward, RuntimeError)
     require(backend in ("auto", "torch", "triton"), lambda: f"backend must be auto, torch or triton: it is {backend!r}")
     fits = D <= 256 and (q.dtype != torch.float64 or INTERPRET)
     if backend == "auto":
@@ -1159,12 +1184,25 @@ def dense_attention(q, k, v, live, scale):
 def self_check(backend, device, dtype):
     """Output, lse and gradients of small cases against dense attention in float64; returns the largest error over the
     tolerance, which for 16 bits is twice the error of dense attention in the same type."""
-    errors, b = [], 32
-    for heads, kv_heads, sq, sk, dim, is_causal in ((2, 1, 100, 100, 64, False), (2, 2, 70, 150, 80, True)):
-        layout = random(sq, sk, b, 0.5, heads, device=device)
-        live = layout.to_mask().repeat_interleave(b, 1).repeat_interleave(b, 2)[None, :, :sq, :sk]
-        live = live & torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq) if is_causal else live
-        shapes = [(1, heads, sq, dim), (1, kv_heads, sk, dim), (1, kv_heads, sk, dim), (1, heads, sq, dim)]
+    errors = []
+
+    def rule(batch, head, i, j):  # every second block of keys is whole
+        return (j // 64 % 2 > 0) | ((i + 3 * j + head) % 5 > 0)
+
+    for b, heads, kv_heads, sq, sk, dim, is_causal, elements, lens, scale in (
+        (32, 2, 1, 120, 100, 64, True, None, None, None),
+        (64, 2, 2, 140, 300, 80, False, None, None, 0.2),
+        (64, 2, 1, 150, 330, 64, True, rule, [110, 150], -0.1),
+    ):
+        mask = random(sq, sk, b, 0.6, heads, device=device).to_mask()
+        layout = BlockLayout.from_mask(mask, b, elements)
+        h, i, j = torch.meshgrid(*(torch.arange(n, device=device) for n in (heads, sq, sk)), indexing="ij")
+        live = mask[h, i // b, j // b].expand(2, -1, -1, -1)
+        live = live & rule(0, h, i, j) if elements else live
+        live = live & (j <= i + sk - sq) if is_causal else live
+        lens = None if lens is None else torch.tensor(lens, device=device)
+        live = live if lens is None else live & (j < lens[:, None, None, None])
+        shapes = [(2, heads, sq, dim), (2, kv_heads, sk, dim), (2, kv_heads, sk, dim), (2, heads, sq, dim)]
         q, k, v, do = (torch.randn(s, device=device).to(dtype) for s in shapes)
 
         def values(function, kind):
@@ -1175,10 +1213,11 @@ def self_check(backend, device, dtype):
             return [y.double() for y in (out, lse, *torch.autograd.grad(total, x))]
 
         def run(q, k, v):
-            return blocksparse_attention(q, k, v, layout, causal=is_causal, return_lse=True, backend=backend)
+            options = {"causal": is_causal, "kv_lens": lens, "scale": scale, "backend": backend}
+            return blocksparse_attention(q, k, v, layout, return_lse=True, **options)
 
         def dense_run(q, k, v):
-            return dense_attention(q, k, v, live, dim**-0.5)
+            return dense_attention(q, k, v, live, dim**-0.5 if scale is None else scale)
 
         exact, ours, naive = values(dense_run, torch.float64), values(run, dtype), values(dense_run, dtype)
         for e, o, n in zip(exact, ours, naive):
@@ -1254,8 +1293,9 @@ def main(args):
         sys.exit(f"error: all sizes must be above 0 and below 2^31, densities up to 1: {counts}, {args.densities}")
     if H % K:
         sys.exit(f"error: --heads {H} must be a multiple of --kv-heads {K}")
-    if args.output and (Path(args.output).suffix != ".png" or not Path(args.output).absolute().parent.is_dir()):
-        sys.exit(f"error: --output {args.output} must be a .png in a folder that exists")
+    path = Path(args.output or "none.png").absolute()
+    if path.suffix != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK):
+        sys.exit(f"error: --output {args.output} must be a .png in a folder that can be written to")
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
     for backend in ("torch", "triton") if args.check else ():

@@ -411,6 +411,53 @@ def test_gradgradcheck(options):
     assert torch.autograd.gradgradcheck(function(layout, "torch", **options), x, fast_mode=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True, "kv_lens": torch.tensor([17])}], ids=["plain", "hidden"])
+def test_third_derivatives(options):
+    layout, x = small("torch", 4, elements=True)
+    layout, x = layout.to("cpu"), [y.cpu().double() for y in x[:3]]
+    elements = pairs(layout.to_mask(), 8, 12, 20, **options)
+    i, j = torch.arange(12)[:, None], torch.arange(20)
+    live = elements & ((i + j) % 3 > 0)
+
+    def third(function):
+        inputs = terms = [y.clone().requires_grad_() for y in x]
+        for order in range(3):
+            outputs = function(*inputs) if order == 0 else terms
+            outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+            terms = torch.autograd.grad(sum(y.sin().sum() for y in outputs), inputs, create_graph=True)
+        return terms
+
+    ours, want = (
+        third(lambda *y: attention(*y, layout, backend="torch", **options)),
+        third(lambda *y: dense(*y, live)[0]),
+    )
+    for a, b in zip(ours, want):
+        assert b.abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    functions = (
+        (lambda q: attention(q, *x[1:], layout, **options).sin().sum()),
+        lambda q: dense(q, *x[1:], live)[0].sin().sum(),
+    )
+    (_, ours), (_, want) = (torch.autograd.functional.hvp(f, x[0], torch.ones_like(x[0])) for f in functions)
+    torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-12)
+
+
+def test_forward_mode_is_refused_and_gives_no_zeros(backend):
+    layout, x = small(backend)
+    with pytest.raises(RuntimeError, match="there is no forward mode: use torch.autograd.functional.jvp"):
+        torch.func.jvp(lambda q: attention(q, *x[1:3], layout, backend=backend), (x[0],), (x[0],))
+
+
+@pytest.mark.parametrize("lens", [-3, -(2**33) + 5, 2**40])
+def test_lengths_out_of_bounds_are_none_or_all(lens, backend):
+    layout, x = small(backend)
+    ours, want = (
+        attention(*x[:3], layout, kv_lens=torch.tensor([n]).to(DEVICE), backend=backend)
+        for n in (lens, max(0, min(lens, 20)))
+    )
+    assert ours.equal(want) and ours.any() == (lens > 0)
+
+
 @pytest.mark.parametrize("options", [{}, {"kv_lens": torch.tensor([0])}], ids=["no block", "no key"])
 def test_double_backward_where_nothing_is_seen(options):
     layout = BlockLayout.from_mask(torch.full((2, 2), len(options) > 0), 16)
@@ -640,6 +687,8 @@ def bad(**changes):
 
 
 BAD = {
+    "must be tensors: q ndarray, k Tensor": {"q": torch.zeros(2, 4, 40, 16).numpy()},
+    "scale must be finite: it is nan": {"scale": math.nan},
     "must be [batch, heads, length, size]: q [4, 40, 16]": {"q": torch.zeros(4, 40, 16)},
     "4 heads of q must be a multiple of the 3": {"k": torch.zeros(2, 3, 40, 16), "v": torch.zeros(2, 3, 40, 16)},
     "k and v must have one shape": {"v": torch.zeros(2, 2, 41, 16)},
@@ -676,6 +725,8 @@ def test_bad_input(message):
         (torch.ones(3, 3, dtype=torch.bool), 48, None, "block_size must be one of .* it is 48"),
         (torch.ones(3, 3, dtype=torch.bool), 16.0, None, "block_size must be one of .* it is 16.0"),
         (torch.ones(3, 3, dtype=torch.bool), 8, [[True]], r"bool \[9, 8, 8\], .* or a function; it is list"),
+        (torch.ones(3, 3, dtype=torch.bool), 8, lambda *_: None, "element_mask must give booleans that broadcast: "),
+        (torch.ones(3, 3, dtype=torch.bool), 8, lambda *_: torch.ones(3, 3), r"that broadcast: .* \[3, 3\]"),
         (torch.ones(3, 3, dtype=torch.bool), 8, torch.ones(9, 8, 4, dtype=torch.bool), r"bool \[9, 8, 8\]"),
     ],
 )
@@ -690,8 +741,11 @@ def test_bad_layout(mask, size, elements, message):
         (lambda: bs.dense(64, 64, 0), "block_size of .* they are 64, 64, 0"),
         (lambda: bs.sliding_window(0, 64, 16, 8), "they are 0, 64, 16"),
         (lambda: bs.block_diagonal([], 16), "they are 0, 0, 16"),
-        (lambda: bs.strided(64, 64, 16, 0), "stride must be above 0; it is 0"),
-        (lambda: bs.fixed(64, 64, 16, 0), "stride must be above 0; it is 0"),
+        (lambda: bs.strided(64, 64, 16, 0), "stride must be 1 or more; it is 0"),
+        (lambda: bs.fixed(64, 64, 16, 2, summary=0), "summary must be 1 or more; it is 0"),
+        (lambda: bs.bigbird(64, 64, 16, random=-1), "random must be 0 or more; it is -1"),
+        (lambda: bs.block_diagonal([3, -1], 16), r"lengths\[1\] must be 0 or more; it is -1"),
+        (lambda: bs.fixed(64, 64, 16, 0), "stride must be 1 or more; it is 0"),
     ],
 )
 def test_bad_zoo(build, message):
@@ -859,7 +913,7 @@ def test_equations_of_the_docstring_are_found_in_the_code():
         ("--densities 0.1 1.5", "densities up to 1"),
         ("--kv-heads 3", "--heads 8 must be a multiple of --kv-heads 3"),
         ("--device mps", "it must be cpu, or cuda where there is one"),
-        ("--output nowhere/x.png", "a .png in a folder that exists"),
+        ("--output nowhere/x.png", "a .png in a folder that can be written to"),
     ],
 )
 def test_a_bad_flag_is_one_sentence(flags, message):
