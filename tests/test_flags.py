@@ -25,7 +25,7 @@ OTHER = {
     "num_minibatches": 5,
     "search_steps": 1,
     "start_e": 0.5,
-    "target_entropy": 3.0,
+    "target_entropy": 0.5,
     "target_kl": 1e-6,
     "update_epochs": 1,
     "utd": 0.5,
