@@ -265,6 +265,8 @@ class Run:
 
     def __init__(self, args, actor, parts):
         """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
+        if int(os.environ.get("RANK", 0)) > 0:  # where work is shared among ranks, this one has a Follower
+            sys.exit(f"error: {ALGO} is for one process: leave out torchrun, which ppo, trpo and vpg alone can use")
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
         while not args.run_dir and self.dir.exists():  # begun in the same second

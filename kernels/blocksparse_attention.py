@@ -80,7 +80,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,19 @@ def entries(live):
     return head[0] * live.shape[1] + row if head else row, col
 
 
-def index(row, col, shape, partial, sub, part, late):
-    """The index of blocks, given in order, of heads x own x other = `shape`: six tensors.
+class Index(NamedTuple):
+    """The blocks of heads x own x other, row by row; `key`, `sub` and `part` are [0] where there is nothing to say."""
 
-    seg [2 R + 1]: row r has its whole blocks from seg[2r] to seg[2r + 1], its partial ones from there to seg[2r + 2];
-    idx [E] columns, ascending in either part; key [E] to search in, sub [E] which sub-blocks live, part [E] which
-    element mask, or -1, all three [0] where there are none; order [heads, own]: rows, the longest first.
-    """
+    seg: Tensor  # [2 R + 1]; row r has whole blocks from seg[2 r] on, partial ones from seg[2 r + 1] to seg[2 r + 2]
+    idx: Tensor  # [E], columns, ascending in either part of a row
+    key: Tensor  # [E], row, part and column in one number, to search in
+    sub: Tensor  # [E], which sub-blocks live, in bits
+    part: Tensor  # [E], which element mask, or -1
+    order: Tensor  # [heads, own], the rows of each head, the longest first
+
+
+def index(row, col, shape, partial, sub, part, late):
+    """The index of blocks, given in order, of heads x own x other = `shape`."""
     heads, own, other = shape
     rows = torch.arange(2 * heads * own + 1, device=row.device)
     if partial is not None:
@@ -127,20 +133,26 @@ def index(row, col, shape, partial, sub, part, late):
         order = own - 1 - count.flip(-1).argsort(dim=-1, descending=True, stable=True)
     else:
         order = count.argsort(dim=-1, descending=True, stable=True)
-    return [seg.int(), col.int(), key, sub, part, order.int()]
+    return Index(seg.int(), col.int(), key, sub, part, order.int())
 
 
 def both_ways(row, col, shape, partial, sub, part, bits, back=None):
-    """The index of the query blocks, that of the key blocks, and the packed element masks: thirteen tensors."""
+    """The index of the query blocks, that of the key blocks, and the packed element masks: thirteen tensors, as an
+    operator takes them."""
     heads, Qb, Kb = shape
     forth = index(row, col, shape, partial, sub, part, late=True)
     back = back or (row // Qb * Kb + col, row % Qb)
     return [*forth, *index(*back, (heads, Kb, Qb), partial, sub, part, late=False), bits]
 
 
-def blocks_of(tensors):
-    """Row [E] and column [E] of every block of an index."""
-    seg, idx = tensors[0].long(), tensors[1].long()
+def split(tensors):
+    """The thirteen as two of Index, and the packed element masks."""
+    return Index(*tensors[:6]), Index(*tensors[6:12]), tensors[12]
+
+
+def blocks_of(index):
+    """Row [E] and column [E] of every block."""
+    seg, idx = index.seg.long(), index.idx.long()
     count = seg[2::2] - seg[:-2:2]
     return torch.arange(len(count), device=idx.device).repeat_interleave(count, output_size=len(idx)), idx
 
@@ -159,8 +171,8 @@ def unpack(bits):
 
 def coarsen(tensors, shape, b):
     """Tiles for the kernels, 64 or 128 wide, of which `sub` says which blocks live: their size and thirteen tensors."""
-    (heads, Qb, Kb), part, bits = shape, tensors[4], tensors[12]
-    row, col = blocks_of(tensors)
+    (heads, Qb, Kb), (forth, _, bits) = shape, split(tensors)
+    (row, col), part = blocks_of(forth), forth.part
 
     def tiles(T):
         f = T // b
@@ -191,6 +203,7 @@ class BlockLayout:
 
     def __init__(self, shape, block_size, tensors, rule=None):
         self.shape, self.block_size, self.tensors, self.rule = tuple(shape), block_size, tensors, rule
+        self.index, _, self.bits = split(tensors)
         *_, self.lead_b, self.lead_h, self.Qb, self.Kb = 1, 1, *self.shape
         self.tile, self.tiles = block_size, tensors
         if self.device.type == "cuda" or INTERPRET:  # where there are kernels to take them
@@ -245,12 +258,12 @@ class BlockLayout:
 
     @property
     def device(self):
-        return self.tensors[0].device
+        return self.bits.device
 
     @property
     def density(self):
         """The share of the blocks that live."""
-        return len(self.tensors[1]) / math.prod(self.shape)
+        return len(self.index.idx) / math.prod(self.shape)
 
     def to(self, device):
         return BlockLayout(self.shape, self.block_size, [x.to(device) for x in self.tensors], self.rule)
@@ -262,12 +275,12 @@ class BlockLayout:
 
     def to_mask(self):
         """The mask of blocks that it was made from."""
-        row, col = blocks_of(self.tensors)
+        row, col = blocks_of(self.index)
         mask = torch.zeros(math.prod(self.shape), dtype=torch.bool, device=self.device)
         return mask.index_fill_(0, row * self.Kb + col, True).view(self.shape)
 
     def __repr__(self):
-        b, E, masked = self.block_size, len(self.tensors[1]), len(self.tensors[12])
+        b, E, masked = self.block_size, len(self.index.idx), len(self.bits)
         return (
             f"BlockLayout({list(self.shape)} of {b} x {b}: {self.Qb * b} queries, {self.Kb * b} keys, {E} blocks, "
             f"density {self.density:.3g}, {masked} with an element mask, on {self.device})"
@@ -399,7 +412,8 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     where t is 0: only blocks that need a mask are there, or whole ones to fill up.
     """
     (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
-    seg, idx, _, _, part, _ = layout[6:12] if by_key else layout[:6]
+    forth, back, bits = split(layout)
+    seg, idx, _, _, part, _ = back if by_key else forth
     Qb, Kb, shift = -(-Sq // b), -(-Sk // b), Sk - Sq
     own, arange = Kb if by_key else Qb, torch.arange(b, device=q.device)
 
@@ -440,7 +454,7 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
             mask &= key <= query + shift
         if len(part):
             which = part[entry[late]].long()
-            mask &= unpack(layout[12][which.clamp(min=0)]) | (which < 0)[..., None, None]
+            mask &= unpack(bits[which.clamp(min=0)]) | (which < 0)[..., None, None]
         return (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
 
     def slices(n, R, rows, row, first):
@@ -483,8 +497,9 @@ def accurate(x):
 def whole(layout, sizes, q, k, kv_lens, scale, causal):
     """Whether a layout is full, on a CPU, where PyTorch's own attention does the same."""
     square = not causal or (q.shape[2] == k.shape[2] and scale > TINY)  # its kernel multiplies -inf by the scale
-    full = layout[1].numel() == math.prod(sizes[:2]) * -(-q.shape[2] // sizes[2]) * -(-k.shape[2] // sizes[2])
-    plain = not len(layout[12]) and kv_lens is None and q.shape[1] == k.shape[1]
+    forth, _, bits = split(layout)
+    full = len(forth.idx) == math.prod(sizes[:2]) * -(-q.shape[2] // sizes[2]) * -(-k.shape[2] // sizes[2])
+    plain = not len(bits) and kv_lens is None and q.shape[1] == k.shape[1]
     return full and plain and square and q.device.type == "cpu"
 
 
@@ -876,15 +891,15 @@ def ranges(seg, key, own, other, lo, hi, back):
 
 
 def ranges_both(layout, T, Sq, Sk, causal):
-    Qt, Kt, shift, device = -(-Sq // T), -(-Sk // T), Sk - Sq, layout[0].device
-    i, j = torch.arange(Qt, device=device) * T, torch.arange(Kt, device=device) * T
+    (forth, back, bits), Qt, Kt, shift = split(layout), -(-Sq // T), -(-Sk // T), Sk - Sq
+    i, j = (torch.arange(n, device=bits.device) * T for n in (Qt, Kt))
     lo, hi = torch.full_like(i, Sk // T), torch.full_like(i, Kt)
     back_lo, back_hi = torch.zeros_like(j), torch.where(j + T > Sk, Qt, 0)
     if causal:
         lo, hi = torch.minimum(lo, (i + shift + 1) // T), ((i + T).clamp(max=Sq) + shift + T - 1) // T
         back_lo, back_hi = (j - shift) // T, torch.maximum(back_hi, (j + T - 1 - shift + T - 1) // T)
-    forth = ranges(layout[0], layout[2], Qt, Kt, lo, hi, False)
-    return forth, ranges(layout[6], layout[8], Kt, Qt, back_lo, back_hi, True)
+    forth = ranges(forth.seg, forth.key, Qt, Kt, lo, hi, False)
+    return forth, ranges(back.seg, back.key, Kt, Qt, back_lo, back_hi, True)
 
 
 # M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps where
@@ -925,17 +940,18 @@ def launch(kernel, table, q, tile, programs, *args, **constants):
 def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     """What all the kernels take: index of either way, sizes, and constants."""
     (_, H, Sq, _), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
-    forth, back = ranges_both(layout, T, Sq, Sk, causal)
-    lens = layout[0] if kv_lens is None else kv_lens.contiguous()  # a pointer at least, which nobody follows
-    bits = layout[12].view(torch.int32) if len(layout[12]) else layout[12]  # words of 32 keys
-    forth = lens, forth, layout[5], layout[1], layout[3], layout[4], bits
-    back = lens, back, layout[11], layout[7], layout[9], layout[10], bits
+    *both, bits = split(layout)
+    lens = both[0].seg if kv_lens is None else kv_lens.contiguous()  # a pointer at least, which nobody follows
+    words = bits.view(torch.int32) if len(bits) else bits  # of 32 keys
+    forth, back = (
+        (lens, r, x.order, x.idx, x.sub, x.part, words) for r, x in zip(ranges_both(layout, T, Sq, Sk, causal), both)
+    )
     # The size of the scale, in units of log 2, apart from its sign: of a positive factor, max(s) f = max(s f).
     sign = (scale > TINY) - (scale < -TINY)
     log2_scale = (abs(scale) if sign else 1) * math.log2(math.e)
     numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, log2_scale)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(layout[12]) > 0}
+    constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(bits) > 0}
     constants |= {"SIGN": sign, "PRECISION": "tf32" if tf32 else "ieee"}
     return forth, back, numbers, constants
 
@@ -1261,9 +1277,9 @@ def flex_mask(layout, seq, is_causal):
     b, live = layout.block_size, layout.to_mask()[(None,) * (4 - len(layout.shape))]
     i, j = (torch.arange(live.shape[n], device=live.device) * b for n in (2, 3))
     cut = torch.zeros_like(live)
-    if len(layout.tensors[12]):
-        row, col = blocks_of(layout.tensors)
-        cut = cut.view(-1).index_fill_(0, (row * layout.Kb + col)[layout.tensors[4] >= 0], True).view_as(live)
+    if len(layout.bits):
+        row, col = blocks_of(layout.index)
+        cut = cut.view(-1).index_fill_(0, (row * layout.Kb + col)[layout.index.part >= 0], True).view_as(live)
     if is_causal:
         live, cut = live & (j < i[:, None] + b), cut | (j + b > i[:, None] + 1)
 

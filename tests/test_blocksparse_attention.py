@@ -566,7 +566,7 @@ def test_element_masks_are_packed_and_whole_blocks_keep_none():
     layout = BlockLayout.from_mask(mask, 8, rule)
     assert sum(s[0] for s in seen) == mask.sum()  # called on live blocks alone
     assert layout.rule is layout.to(DEVICE).rule is rule
-    bits = layout.tensors[12]
+    bits = layout.bits
     assert bits.dtype == torch.uint8 and bits.shape == (mask[:, 1:].sum(), 8, 1)
     h, i, j = (x[:, None, None] for x in mask.nonzero().unbind(1))
     i, j = i * 8 + torch.arange(8)[:, None], j * 8 + torch.arange(8)

@@ -344,6 +344,16 @@ def test_a_world_size_without_a_rank_is_none_of_torchrun(path, tmp_path):
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.parametrize("path", [path for path in ALGOS if path not in ON_POLICY], ids=lambda path: path.stem)
+def test_torchrun_is_refused_by_those_that_cannot_share(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    module = load(path)
+    with pytest.raises(SystemExit, match=f"{path.stem} is for one process: leave out torchrun"):
+        module.train(module.Args(env_id=env_id(path), run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 @two
 def test_training_in_a_thread(path, tmp_path):
     """As Ray does it, where no signal can be caught."""
