@@ -271,7 +271,7 @@ class Agent(nn.Module):
         self.returns = Normalizer(1)
         self.columns = (obs_dim, 1 if low is None else act_dim, 1, 1, 1)  # of a batch
         self.to(device)
-        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
+        rate = torch.tensor(args.learning_rate, dtype=torch.float32, device=device)  # which a CUDA graph sees fall
         self.optimizer = Adam(self.parameters(), lr=rate, eps=1e-5)
 
     def value(self, obs):
@@ -717,8 +717,11 @@ def train(args):
     above_0 = "num_steps update_epochs num_minibatches learning_rate clip_coef max_grad_norm target_kl hidden"
     if RANKS > 1 and args.compile:
         sys.exit("error: --compile is for one process, since it cannot compile what ranks exchange: leave it out")
-    local = RANKS > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
-    place = f"cuda:{os.environ['LOCAL_RANK']}" if local else args.device
+    place = args.device
+    if RANKS > 1 and place == "auto":  # a GPU for each, or none
+        place = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", RANKS)) else "cpu"
+    if RANKS > 1 and place == "cuda" and torch.cuda.is_available():
+        place = f"cuda:{os.environ['LOCAL_RANK']}"
     if RANKS > 1 and not distributed.is_initialized():
         backend = "nccl" if place.startswith("cuda") else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # an evaluation takes what it takes

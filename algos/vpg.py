@@ -700,8 +700,11 @@ def train(args):
     above_0 = "num_steps update_epochs num_minibatches policy_lr vf_lr hidden"
     if RANKS > 1 and args.compile:
         sys.exit("error: --compile is for one process, since it cannot compile what ranks exchange: leave it out")
-    local = RANKS > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
-    place = f"cuda:{os.environ['LOCAL_RANK']}" if local else args.device
+    place = args.device
+    if RANKS > 1 and place == "auto":  # a GPU for each, or none
+        place = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", RANKS)) else "cpu"
+    if RANKS > 1 and place == "cuda" and torch.cuda.is_available():
+        place = f"cuda:{os.environ['LOCAL_RANK']}"
     if RANKS > 1 and not distributed.is_initialized():
         backend = "nccl" if place.startswith("cuda") else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # an evaluation takes what it takes

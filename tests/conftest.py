@@ -75,6 +75,7 @@ def sac():
 def command(path, *flags):
     """The command line of a small run on one thread; later flags win over earlier ones."""
     small = [*SMALL[path.stem].split(), "--total-timesteps", "600", "--eval-every", "200", "--eval-episodes", "2"]
+    small += ["--device", "cpu"]  # where runs are to be equal to the last bit
     typed = [str(flag) for flag in flags]
     if "--resume" in typed:
         small = []

@@ -30,6 +30,7 @@ bs = load(FILE)
 attention, BlockLayout = bs.blocksparse_attention, bs.BlockLayout
 EXACT = torch.float32 if CUDA else torch.float64  # the best type that the kernels take here
 DEVICE = "cuda" if CUDA else "cpu"
+OLD_INTERPRETER = bs.triton is not None and tuple(map(int, bs.triton.__version__.split(".")[:2])) < (3, 9)
 gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 
 
@@ -37,7 +38,9 @@ gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 def backend(request):
     if request.param == "triton" and bs.triton is None:
         pytest.skip("Triton is not installed")
-    return request.param
+    torch.use_deterministic_algorithms(CUDA and request.param == "torch")  # index_add_ is not by itself
+    yield request.param
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +227,8 @@ def test_logits_far_from_those_of_what_is_not_there(logit, backend):
     x[0][..., 0], x[1][..., 0] = 1, logit
     for options in ({}, {"kv_lens": lens}):
         live = pairs(layout.to_mask(), 32, 100, 150, 2, **options)
-        compare(backend, layout, live, x, scale=1.0, **options)
+        rounded = 2e-4 if EXACT == torch.float32 else None  # from 1000 to the next one is 6e-5
+        compare(backend, layout, live, x, rounded, scale=1.0, **options)
 
 
 # ---- what must not leak ----------------------------------------------------------------------------------------------
@@ -1010,6 +1014,7 @@ def test_gpu_no_host_sync():
 @pytest.mark.gpu
 @pytest.mark.slow
 @gpu
+@pytest.mark.skipif(OLD_INTERPRETER, reason="the interpreter of Triton 3.6 fails with numpy 2.4")
 def test_the_interpreter_in_a_process_without_a_gpu():
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=env, capture_output=True, text=True)
