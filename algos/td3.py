@@ -453,11 +453,6 @@ class Run:
         return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
 
 
-def affine_in_parts(bias, x, weight):
-    """A layer's product and its bias apart, since a compiler adds the bias in one pass with what follows."""
-    return x @ weight + bias
-
-
 def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
     """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
     assert not any(options[name] for name in ("weight_decay", "amsgrad", "maximize")), "plain Adam is all it compiles"
@@ -497,8 +492,8 @@ class Compiled:
     def compile(self, batch, before):
         """Run the update to see what it does to tensors, undo that, and return it compiled."""
         aten, adam = torch.ops.aten, torch.ops.aten._fused_adam_
-        parts = {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
-        parts |= {aten.addmm.default: affine_in_parts, aten.baddbmm.default: affine_in_parts}
+        parts = torch._decomp.get_decompositions([aten.addmm, aten.baddbmm])  # so that a bias joins what follows it
+        parts |= {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
         try:
             with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
                 traced = make_fx(lambda batch: self.update(batch), parts)(batch)
