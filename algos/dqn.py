@@ -481,9 +481,8 @@ class Compiled:
         self.update, self.tried = update, False
 
     def __call__(self, batch):
-        eager, before = self.update, None if self.tried else self.snapshot()
-        if before:
-            self.tried = True
+        if not self.tried and (before := self.snapshot()):
+            eager, self.tried = self.update, True
             try:
                 self.update = self.compile(batch, before)
                 return self.update(batch)
