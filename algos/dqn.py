@@ -526,8 +526,7 @@ class CudaGraph:
     def __call__(self, batch):
         self.calls += getattr(self.update, "tried", True)
         if self.calls == 3:  # is watched: a capture that fails would leave CUDA unable to draw random numbers
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with warnings.catch_warnings(record=True, action="always") as caught:
                 torch.cuda.set_sync_debug_mode("warn")
                 metrics = self.update(batch)
                 torch.cuda.set_sync_debug_mode("default")
