@@ -394,11 +394,10 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         try:
-            if os.name == "posix":  # elsewhere a second writer goes unnoticed
-                importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
+            importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
         except BlockingIOError:
             sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
-        except OSError as error:
+        except (OSError, ImportError) as error:  # some file systems cannot lock, and Windows has no fcntl
             print(f"warning: {self.dir} cannot be locked ({error}): let no second process write to it", file=sys.stderr)
         flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
         if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
