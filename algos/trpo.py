@@ -478,7 +478,6 @@ class Run:
                 continue
             if path != paths[0]:  # or the next checkpoint would keep a damaged file and drop this one
                 os.replace(paths[0], self.dir / "checkpoint.damaged.pt")
-                os.replace(path, paths[0])
             print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
             break
         else:
