@@ -526,14 +526,13 @@ class Run:
 
     def interact(self, envs, actions):
         """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
-        steps = [env.step(action.copy()) for env, action in zip(envs, actions)]  # some scale an action in place
-        true_obs, reward, terminated, truncated = (np.array(x) for x in [*zip(*steps)][:4])
+        steps = [env.step(action.copy())[:4] for env, action in zip(envs, actions)]  # some scale an action in place
+        true_obs, reward, terminated, truncated = (np.array(x) for x in zip(*steps))
         ended = np.logical_or(terminated, truncated)
         obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
         self.finite(obs, true_obs, reward)
         for i in np.flatnonzero(ended):
-            episode = steps[i][4]["episode"]
-            self.log({"episode/return": episode["r"], "episode/length": episode["l"]})
+            self.log({"episode/return": envs[i].return_queue[-1], "episode/length": envs[i].length_queue[-1]})
         return obs, reward, terminated, ended, true_obs
 
     def seeds(self, n, stream=0):
