@@ -409,6 +409,7 @@ class Run:
         finally:
             catch(signal.SIGINT, before)
             self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            [env.close() for env in self.eval_envs]
 
     def due(self, every):
         """Whether this round reached a multiple of `every`, or is the last."""
@@ -604,7 +605,6 @@ def train(args):
             run.save()
             obs, metrics = run.reset(envs, run.seeds(n)), {}
     run.write("result.json", run.last)
-    [env.close() for env in run.eval_envs]
     return run.last
 
 

@@ -531,6 +531,7 @@ class Run:
         finally:
             catch(signal.SIGINT, before)
             self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            [env.close() for env in self.eval_envs]
 
     def due(self, every):
         """Whether this round reached a multiple of `every`, or is the last."""
@@ -597,7 +598,6 @@ class Follower(Run):
     def __init__(self, args, actor, parts):
         self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
         self.step, self.last, self.began, self.interrupted = 0, {}, time.monotonic(), False
-        self.eval_envs = []
 
     def steps(self, stride):
         self.stride = stride
@@ -807,7 +807,6 @@ def train(args):
             run.save()
             obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
     run.write("result.json", run.last)
-    [env.close() for env in run.eval_envs]
     return run.last
 
 
