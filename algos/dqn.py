@@ -226,7 +226,7 @@ class Agent(nn.Module):
         self.target.load_state_dict(self.critic.state_dict())
         self.to(device)
         adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
-        rate = torch.tensor(args.learning_rate, dtype=torch.float32, device=device)  # which a CUDA graph sees fall
+        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
         self.optimizer = adam(self.critic.parameters(), lr=rate)
 
     def update(self, batch):

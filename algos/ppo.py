@@ -271,7 +271,7 @@ class Agent(nn.Module):
         self.returns = Normalizer(1)
         self.columns = (obs_dim, 1 if low is None else act_dim, 1, 1, 1)  # of a batch
         self.to(device)
-        rate = torch.tensor(args.learning_rate, dtype=torch.float32, device=device)  # which a CUDA graph sees fall
+        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
         self.optimizer = Adam(self.parameters(), lr=rate, eps=1e-5)
 
     def value(self, obs):

@@ -342,7 +342,8 @@ class Agent(nn.Module):
         before, theta = mean_over_ranks(gain.detach()), nn.utils.parameters_to_vector(parameters).detach()
         for scale in [0.8**j for j in range(args.search_steps)] + [0.0]:  # (7)
             with torch.no_grad():
-                nn.utils.vector_to_parameters(theta + scale * step, parameters)
+                for p, part in zip(parameters, (theta + scale * step).split([p.numel() for p in parameters])):
+                    p.copy_(part.view_as(p))  # in place, since how sums are rounded depends on where they lie
                 after, kl = mean_over_ranks(measure())
             if args.natural_gradient or scale == 0 or (after > before and kl <= args.target_kl):
                 break

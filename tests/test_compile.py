@@ -30,8 +30,13 @@ def agent_of(module, device):
     args, device = module.Args(hidden=(16, 16)), torch.device(device)
     torch.manual_seed(0)
     if module.ALGO in ("ppo", "trpo", "vpg"):
-        return module.Agent(args, 3, 2, *BOX, device)
-    return module.Agent(args, 3, *([2] if module.ALGO == "dqn" else BOX), device)
+        agent = module.Agent(args, 3, 2, *BOX, device)
+    else:
+        agent = module.Agent(args, 3, *([2] if module.ALGO == "dqn" else BOX), device)
+    if module.ALGO in ("dqn", "ppo"):  # whose rate is a tensor, in which CUDA's Adam takes float32 alone
+        group = agent.optimizer.param_groups[0]
+        group["lr"] = group["lr"].float()
+    return agent
 
 
 def updates(module, agent, wrap):

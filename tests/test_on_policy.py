@@ -486,7 +486,9 @@ SHARED = "--num-envs 4 --num-steps 50 --total-timesteps 600 --checkpoint-every 2
 @pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
 def test_two_ranks_learn_what_one_does(path, env, tmp_path):
     """Half of the environments each, killed and resumed on the way: the weights of one process with all of them."""
-    flags = [*SHARED, "--env-id", env, *(["--no-anneal-lr"] if path.stem == "ppo" else [])]  # it falls with the total
+    flags = [*SHARED, "--env-id", env]
+    flags += ["--no-anneal-lr"] if path.stem == "ppo" else []  # it falls with the total
+    flags += ["--cg-iters", "3"] if path.stem == "trpo" else []  # ten of them make rounding a thousand times larger
     subprocess.run(command(path, *flags, "--run-dir", tmp_path / "one"), check=True, capture_output=True, timeout=300)
     for steps in (200, 600):
         typed = [*flags, "--total-timesteps", steps, "--run-dir", tmp_path / "two"]
@@ -495,7 +497,7 @@ def test_two_ranks_learn_what_one_does(path, env, tmp_path):
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
     assert torch.equal(one["rng"][0], two["rng"][0])
     for name, value in one["agent"].items():
-        torch.testing.assert_close(two["agent"][name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(two["agent"][name], value, rtol=1e-4, atol=1e-5)
     assert [row["step"] for row in rows(tmp_path / "one") if "loss/value" in row] == [200, 400, 600]
 
 
