@@ -77,6 +77,7 @@ import math
 import os
 import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -617,6 +618,13 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 
 
 # ==== the Triton kernels ==============================================================================================
+# What they take, in groups. To a kernel, what is in Constants is known when it is compiled.
+Strided = namedtuple("Strided", "data batch head row")  # of [B, H, S, D], the beginning and the strides
+Tiles = namedtuple("Tiles", "lens ranges order idx sub part bits")  # kv_lens, `ranges` below, and one way of a layout
+Sizes = namedtuple("Sizes", "lay_b lay_h H G Sq Sk scale log2_scale")  # lay_b, lay_h: strides of the layout, in heads
+Constants = namedtuple("Constants", "T b CAUSAL LENS PART SIGN PRECISION")
+
+
 @jit
 def rows_of(x, start, some, stride, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
     """N rows of x [S, D] from `start` on; zeros beyond D, up to DP, and, where MASKED, in all rows but `some` [N]."""
@@ -638,21 +646,21 @@ def put_rows(x, y, start, stop, N: tl.constexpr, D: tl.constexpr, DP: tl.constex
 
 
 @jit
-def head_of(x, batch, head, x_b, x_h):
-    return x + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h
+def head_of(x, batch, head):
+    return x.data + batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
 
 
 @jit
-def program(order, lens, heads, lay_b, lay_h, S, Sk, T: tl.constexpr, N: tl.constexpr, LENS: tl.constexpr):
+def program(tiles, heads, lay_b, lay_h, S, Sk, N: tl.constexpr, C: tl.constexpr):
     """What this program does: batch, head, row of the layout, first of its N queries or keys, where the keys end."""
-    tiles = (S + T - 1) // T
-    one, pid = tl.program_id(0) // (tiles * (T // N)), tl.program_id(0) % (tiles * (T // N))
+    rows, parts = (S + C.T - 1) // C.T, C.T // N
+    one, pid = tl.program_id(0) // (rows * parts), tl.program_id(0) % (rows * parts)
     batch, head, stop = one // heads, one % heads, Sk
-    if LENS:
-        stop = tl.maximum(tl.minimum(tl.load(lens + batch), Sk), 0).to(tl.int32)
-    row = (batch * lay_b + head * lay_h) * tiles
-    tile = tl.load(order + row + pid // (T // N))
-    return batch, head, row + tile, tile * T + pid % (T // N) * N, stop
+    if C.LENS:
+        stop = tl.maximum(tl.minimum(tl.load(tiles.lens + batch), Sk), 0).to(tl.int32)
+    row = (batch * lay_b + head * lay_h) * rows
+    tile = tl.load(tiles.order + row + pid // parts)
+    return batch, head, row + tile, tile * C.T + pid % parts * N, stop
 
 
 @jit
@@ -696,61 +704,57 @@ def elements_of(bits, which, i, start, T: tl.constexpr, N: tl.constexpr, BACK: t
 
 @jit
 def visible(
-    i, start, entry, sub, part, bits, Sq, stop, shift, T: tl.constexpr, b: tl.constexpr, N: tl.constexpr,
-    CAUSAL: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
+    i, start, entry, stop, tiles, size, N: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr, BACK: tl.constexpr
+):
     """Whether queries i [M] see N keys from `start` on, in a tile: [M, N], or, where BACK, [N, M]; where not MASKED the
     ends alone decide."""
     j = start + tl.arange(0, N)
     row, col = (i[None, :], j[:, None]) if BACK else (i[:, None], j[None, :])
-    live = (row < Sq) & (col < stop)
+    live = (row < size.Sq) & (col < stop)
     if MASKED:
-        if CAUSAL:
-            live = live & (col <= row + shift)
-        if b < T:
-            at = row % T // b * (T // b) + col % T // b
-            live = live & (((tl.load(sub + entry) >> at.to(tl.int64)) & 1) == 1)
-        if PART:
-            live = live & (elements_of(bits, tl.load(part + entry), i, start, T, N, BACK) == 1)
+        if C.CAUSAL:
+            live = live & (col <= row + (size.Sk - size.Sq))
+        if C.b < C.T:
+            at = row % C.T // C.b * (C.T // C.b) + col % C.T // C.b
+            live = live & (((tl.load(tiles.sub + entry) >> at.to(tl.int64)) & 1) == 1)
+        if C.PART:
+            live = live & (elements_of(tiles.bits, tl.load(tiles.part + entry), i, start, C.T, N, BACK) == 1)
     return live
 
 
 @jit
 def forward_kernel(
-    q, k, v, out, lse, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    lay_b, lay_h, H, G, Sq, Sk, log2_scale, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, b: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr, PART: tl.constexpr,
-    SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    q, k, v, out, lse, tiles, size, C: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online softmax: M queries of one head against their tiles, m the largest score so far in units of log 2."""
-    batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
+    H, Sq = size.H, size.Sq
+    batch, head, row, first, stop = program(tiles, H, size.lay_b, size.lay_h, Sq, size.Sk, M, C)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head, q_b, q_h), first, i < Sq, q_s, M, D, DP, True)
-    k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
+    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, D, DP, True)
+    keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
     acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
     for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
-        a, na, c, steps = steps_of(ranges + row * 6, idx, stop, T, N, MASKED, LENS)
+        a, na, c, steps = steps_of(tiles.ranges + row * 6, tiles.idx, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
-            n = step // (T // N)
+            n = step // (C.T // N)
             entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
-            start = tl.load(idx + entry) * T + step % (T // N) * N
-            live = visible(
-                i, start, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, N, CAUSAL, PART, MASKED, False
-            )  # fmt: skip
+            start = tl.load(tiles.idx + entry) * C.T + step % (C.T // N) * N
+            live = visible(i, start, entry, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0  # no p of 0 may meet the NaN of a key that nobody here sees
-            y = rows_of(k, start, seen, k_s, N, D, DP, MASKED or LENS)
-            z = rows_of(v, start, seen, v_s, N, D, DP, MASKED or LENS)
-            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)  # (1)
-            if SIGN != 1:
-                s = s * SIGN
-            if MASKED or LENS:
+            y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
+            z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
+            s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)  # (1)
+            if C.SIGN != 1:
+                s = s * C.SIGN
+            if MASKED or C.LENS:
                 s = tl.where(live, s, float("-inf"))
-            largest = tl.maximum(m, tl.max(s, 1) * log2_scale)
-            m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or LENS else largest  # inf - inf is NaN
-            p = tl.exp2(s * log2_scale - m_[:, None])
+            largest = tl.maximum(m, tl.max(s, 1) * size.log2_scale)
+            m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or C.LENS else largest  # inf - inf is NaN
+            p = tl.exp2(s * size.log2_scale - m_[:, None])
             shrink = tl.exp2(m - m_)
             total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=C.PRECISION)
             m = largest
     some = tl.where(total == 0.0, 1.0, total)
     put_rows(out + where * D, acc / some[:, None], first, Sq, M, D, DP)  # (3)
@@ -760,7 +764,7 @@ def forward_kernel(
 
 @jit
 def delta_kernel(
-    out, do, dlse, delta, g_b, g_h, g_s, H, Sq,
+    out, do, dlse, delta, H, Sq,
     D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(5) of M queries. Where a query sees nothing it may be NaN: `live` keeps it out of the sums."""
@@ -769,7 +773,7 @@ def delta_kernel(
     i = first + tl.arange(0, M)
     at = one.to(tl.int64) * Sq + i
     x = rows_of(out + one.to(tl.int64) * Sq * D, first, i < Sq, D, M, D, DP, True)
-    g = rows_of(head_of(do, one // H, one % H, g_b, g_h), first, i < Sq, g_s, M, D, DP, True)
+    g = rows_of(head_of(do, one // H, one % H), first, i < Sq, do.row, M, D, DP, True)
     value = tl.sum(x.to(ACC) * g.to(ACC), 1) - tl.load(dlse + at, mask=i < Sq, other=0.0)
     tl.store(delta + at, value, mask=i < Sq)
 
@@ -786,90 +790,84 @@ def saved(lse, delta, i, Sq, MASKED: tl.constexpr):
 
 @jit
 def dq_kernel(
-    q, k, v, do, lse, delta, dq, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s,
-    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, log2_scale, scale, D: tl.constexpr, DP: tl.constexpr,
-    T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
-    PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    q, k, v, do, lse, delta, dq, tiles, size, C: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of M queries, over the same tiles as forward."""
-    batch, head, row, first, stop = program(order, lens, H, lay_b, lay_h, Sq, Sk, T, M, LENS)
+    H, Sq = size.H, size.Sq
+    batch, head, row, first, stop = program(tiles, H, size.lay_b, size.lay_h, Sq, size.Sk, M, C)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head, q_b, q_h), first, i < Sq, q_s, M, D, DP, True)
-    g = rows_of(head_of(do, batch, head, g_b, g_h), first, i < Sq, g_s, M, D, DP, True)
+    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, D, DP, True)
+    g = rows_of(head_of(do, batch, head), first, i < Sq, do.row, M, D, DP, True)
     ends, d = saved(lse + where, delta + where, i, Sq, True)
-    k, v = head_of(k, batch, head // G, k_b, k_h), head_of(v, batch, head // G, v_b, v_h)
+    keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
     acc = tl.zeros([M, DP], ACC)
     for MASKED in tl.static_range(2):
-        a, na, c, steps = steps_of(ranges + row * 6, idx, stop, T, N, MASKED, LENS)
+        a, na, c, steps = steps_of(tiles.ranges + row * 6, tiles.idx, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
-            n = step // (T // N)
+            n = step // (C.T // N)
             entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
-            start = tl.load(idx + entry) * T + step % (T // N) * N
-            live = visible(
-                i, start, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, N, CAUSAL, PART, MASKED, False
-            )  # fmt: skip
+            start = tl.load(tiles.idx + entry) * C.T + step % (C.T // N) * N
+            live = visible(i, start, entry, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0
-            y = rows_of(k, start, seen, k_s, N, D, DP, MASKED or LENS)
-            z = rows_of(v, start, seen, v_s, N, D, DP, MASKED or LENS)
-            s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-            if SIGN != 1:
-                s = s * SIGN
-            p = tl.exp2(s * log2_scale - ends[:, None])  # (4)
-            ds = p * (tl.dot(g, tl.trans(z), input_precision=PRECISION) - d[:, None])  # (6)
-            if MASKED or LENS:
+            y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
+            z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
+            s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)
+            if C.SIGN != 1:
+                s = s * C.SIGN
+            p = tl.exp2(s * size.log2_scale - ends[:, None])  # (4)
+            ds = p * (tl.dot(g, tl.trans(z), input_precision=C.PRECISION) - d[:, None])  # (6)
+            if MASKED or C.LENS:
                 ds = tl.where(live, ds, 0.0)
-            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
-    put_rows(dq + where * D, acc * scale, first, Sq, M, D, DP)  # (8)
+            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=C.PRECISION)
+    put_rows(dq + where * D, acc * size.scale, first, Sq, M, D, DP)  # (8)
 
 
 @jit
 def dkdv_kernel(
-    q, k, v, do, lse, delta, dk, dv, lens, ranges, order, idx, sub, part, bits, q_b, q_h, q_s, k_b, k_h, k_s,
-    v_b, v_h, v_s, g_b, g_h, g_s, lay_b, lay_h, H, G, Sq, Sk, log2_scale, scale, D: tl.constexpr, DP: tl.constexpr,
-    T: tl.constexpr, b: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, LENS: tl.constexpr,
-    PART: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, RAGGED: tl.constexpr,
+    q, k, v, do, lse, delta, dk, dv, tiles, size, C: tl.constexpr, RAGGED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of N keys and values of one key head, over the tiles of all the query heads that it serves."""
-    batch, head, row, first, stop = program(order, lens, H // G, lay_b, lay_h * G, Sk, Sk, T, N, LENS)
+    H, G, Sq, Sk = size.H, size.G, size.Sq, size.Sk
+    batch, head, row, first, stop = program(tiles, H // G, size.lay_b, size.lay_h * G, Sk, Sk, N, C)
     j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * D
     some = first + tl.arange(0, N) < stop
-    y = rows_of(head_of(k, batch, head, k_b, k_h), first, some, k_s, N, D, DP, True)
-    z = rows_of(head_of(v, batch, head, v_b, v_h), first, some, v_s, N, D, DP, True)
+    y = rows_of(head_of(k, batch, head), first, some, k.row, N, D, DP, True)
+    z = rows_of(head_of(v, batch, head), first, some, v.row, N, D, DP, True)
     acc_k, acc_v = tl.zeros([N, DP], ACC), tl.zeros([N, DP], ACC)
     for one in range(0, G):
         h = head * G + one
-        queries, gradients = head_of(q, batch, h, q_b, q_h), head_of(do, batch, h, g_b, g_h)
+        queries, gradients = head_of(q, batch, h), head_of(do, batch, h)
         of_head = (batch * H + h).to(tl.int64) * Sq
         for MASKED in tl.static_range(2):
-            at = ranges + (row + one * lay_h * ((Sk + T - 1) // T)) * 6
-            a, na, c, steps = steps_of(at, idx, stop, T, M, MASKED, False)
-            if LENS:
+            at = tiles.ranges + (row + one * size.lay_h * ((Sk + C.T - 1) // C.T)) * 6
+            a, na, c, steps = steps_of(at, tiles.idx, stop, C.T, M, MASKED, False)
+            if C.LENS:
                 steps = tl.where(first < stop, steps, 0)
             for step in range(0, steps):
-                n = step // (T // M)
+                n = step // (C.T // M)
                 entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
-                start = tl.load(idx + entry) * T + step % (T // M) * M
+                start = tl.load(tiles.idx + entry) * C.T + step % (C.T // M) * M
                 i = start + tl.arange(0, M)
                 sees = i < Sq
                 if MASKED:
-                    live = visible(
-                        i, first, entry, sub, part, bits, Sq, stop, Sk - Sq, T, b, N, CAUSAL, PART, True, True
-                    )  # fmt: skip
+                    live = visible(i, first, entry, stop, tiles, size, N, C, True, True)
                     sees = tl.max(live.to(tl.int32), 0) > 0  # nor the NaN of a query that sees nothing
-                x = rows_of(queries, start, sees, q_s, M, D, DP, MASKED or RAGGED)
-                g = rows_of(gradients, start, sees, g_s, M, D, DP, MASKED or RAGGED)
+                x = rows_of(queries, start, sees, q.row, M, D, DP, MASKED or RAGGED)
+                g = rows_of(gradients, start, sees, do.row, M, D, DP, MASKED or RAGGED)
                 ends, d = saved(lse + of_head, delta + of_head, i, Sq, MASKED or RAGGED)
-                s = tl.dot(y, tl.trans(x), input_precision=PRECISION)  # [keys, queries]
-                if SIGN != 1:
-                    s = s * SIGN
-                p = tl.exp2(s * log2_scale - ends[None, :])  # (4)
-                ds = p * (tl.dot(z, tl.trans(g), input_precision=PRECISION) - d[None, :])  # (6)
+                s = tl.dot(y, tl.trans(x), input_precision=C.PRECISION)  # [keys, queries]
+                if C.SIGN != 1:
+                    s = s * C.SIGN
+                p = tl.exp2(s * size.log2_scale - ends[None, :])  # (4)
+                ds = p * (tl.dot(z, tl.trans(g), input_precision=C.PRECISION) - d[None, :])  # (6)
                 if MASKED:
                     p = tl.where(live, p, 0.0)
                     ds = tl.where(live, ds, 0.0)
-                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
-                acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=PRECISION)
-    put_rows(dk + where, tl.where(j < stop, acc_k * scale, 0.0), first, Sk, N, D, DP)  # (9)
+                acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=C.PRECISION)
+                acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=C.PRECISION)
+    put_rows(dk + where, tl.where(j < stop, acc_k * size.scale, 0.0), first, Sk, N, D, DP)  # (9)
     put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, D, DP)  # (7)
 
 
@@ -917,7 +915,7 @@ def launch(kernel, table, q, tile, programs, *args, **constants):
     D, size = q.shape[3], 4 if q.dtype in (torch.float32, torch.float64) else 2
     DP = max(16, triton.next_power_of_2(D))
     key = kernel, tile, DP, size, q.device, *constants.values()
-    if size == 4 and constants.get("PRECISION") == "ieee" and not INTERPRET:  # without tensor cores
+    if size == 4 and "C" in constants and constants["C"].PRECISION == "ieee" and not INTERPRET:  # without tensor cores
         table = IEEE
     M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
     M, N = min(M, tile), min(N, tile)
@@ -938,27 +936,28 @@ def launch(kernel, table, q, tile, programs, *args, **constants):
 
 
 def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
-    """What all the kernels take: index of either way, sizes, and constants."""
+    """What all the kernels take: the tiles of either way, sizes and constants."""
     (_, H, Sq, _), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
     *both, bits = split(layout)
     lens = both[0].seg if kv_lens is None else kv_lens.contiguous()  # a pointer at least, which nobody follows
     words = bits.view(torch.int32) if len(bits) else bits  # of 32 keys
     forth, back = (
-        (lens, r, x.order, x.idx, x.sub, x.part, words) for r, x in zip(ranges_both(layout, T, Sq, Sk, causal), both)
+        Tiles(lens, at, x.order, x.idx, x.sub, x.part, words)
+        for at, x in zip(ranges_both(layout, T, Sq, Sk, causal), both)
     )
     # The size of the scale, in units of log 2, apart from its sign: of a positive factor, max(s) f = max(s f).
     sign = (scale > TINY) - (scale < -TINY)
     log2_scale = (abs(scale) if sign else 1) * math.log2(math.e)
-    numbers = (lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, log2_scale)
+    size = Sizes(lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, scale, log2_scale)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    constants = {"T": T, "b": b, "CAUSAL": causal, "LENS": kv_lens is not None, "PART": len(bits) > 0}
-    constants |= {"SIGN": sign, "PRECISION": "tf32" if tf32 else "ieee"}
-    return forth, back, numbers, constants
+    precision = "tf32" if tf32 else "ieee"
+    return forth, back, size, Constants(T, b, causal, kv_lens is not None, len(bits) > 0, sign, precision)
 
 
 def strided_rows(x):
     """x as the kernels take it: of one row after another, fewer than 2^24 numbers apart, as their offsets are int32."""
-    return x if x.stride(3) == 1 and x.stride(2) < 2**24 else x.contiguous()
+    x = x if x.stride(3) == 1 and x.stride(2) < 2**24 else x.contiguous()
+    return Strided(x, *x.stride()[:3])
 
 
 def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
@@ -966,12 +965,10 @@ def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         out, lse = triton_forward(*(x.float() for x in (q, k, v)), layout, sizes, kv_lens, scale, causal)
         return out.bfloat16(), lse
     (B, H, Sq, _), T = q.shape, sizes[3]
-    q, k, v = (strided_rows(x) for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
-    forth, _, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-    args = (q, k, v, out, lse, *forth, *strides, *numbers)
-    launch(forward_kernel, FORWARD, q, T, lambda M, N: B * H * -(-Sq // T) * (T // M), *args, **constants)
+    forth, _, size, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
+    args = *(strided_rows(x) for x in (q, k, v)), out, lse, forth, size
+    launch(forward_kernel, FORWARD, q, T, lambda M, N: B * H * -(-Sq // T) * (T // M), *args, C=constants)
     return out, lse
 
 
@@ -980,18 +977,15 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
         floats = (x.float() for x in (q, k, v, out, lse, do, dlse))
         return tuple(x.bfloat16() for x in triton_backward(*floats, layout, sizes, kv_lens, scale, causal))
     (B, H, Sq, _), (K, Sk), T = q.shape, k.shape[1:3], sizes[3]
-    q, k, v, do = (strided_rows(x) for x in (q, k, v, do))
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    forth, back, numbers, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
-    strides = [n for x in (q, k, v, do) for n in x.stride()[:3]]
-    args = out, do, dlse.contiguous(), delta, *strides[9:], H, Sq
+    forth, back, size, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
+    inputs = *(strided_rows(x) for x in (q, k, v, do)), lse, delta
+    args = out, inputs[3], dlse.contiguous(), delta, H, Sq
     launch(delta_kernel, DELTA, q, 64, lambda M, N: B * H * -(-Sq // M), *args)
-    inputs, rest = (q, k, v, do, lse, delta), (*strides, *numbers, scale)
-    args = *inputs, dk, dv, *back, *rest
-    programs, ragged = B * K * -(-Sk // T) * T, Sq % T > 0
-    launch(dkdv_kernel, DKDV, q, T, lambda M, N: programs // N, *args, **constants, RAGGED=ragged)
-    args = *inputs, dq, *forth, *rest
-    launch(dq_kernel, DQ, q, T, lambda M, N: B * H * -(-Sq // T) * (T // M), *args, **constants)
+    args, programs = (*inputs, dk, dv, back, size), lambda M, N: B * K * -(-Sk // T) * (T // N)
+    launch(dkdv_kernel, DKDV, q, T, programs, *args, C=constants, RAGGED=Sq % T > 0)
+    args, programs = (*inputs, dq, forth, size), lambda M, N: B * H * -(-Sq // T) * (T // M)
+    launch(dq_kernel, DQ, q, T, programs, *args, C=constants)
     return dq, dk, dv
 
 
