@@ -664,23 +664,34 @@ def program(tiles, heads, lay_b, lay_h, S, Sk, N: tl.constexpr, C: tl.constexpr)
 
 
 @jit
-def steps_of(at, idx, stop, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LENS: tl.constexpr):
-    """Where the tiles of a row begin and how many steps of N they are: whole ones, where LENS only those with a column
-    before `stop`, or, where MASKED, those cut by the diagonal or an end, and the partial ones."""
+def steps_of(tiles, row, stop, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, LENS: tl.constexpr):
+    """How many steps of N a row has in its whole tiles, where LENS in those with a column before `stop`, or, where
+    MASKED, in those that the diagonal or an end cuts, a to a + n, and the partial ones, from c on."""
+    at = tiles.ranges + row * 6
     if MASKED:
         a, c, n = tl.load(at + 2), tl.load(at + 4), tl.load(at + 3) - tl.load(at + 2)
-        return a, n, c, (n + tl.load(at + 5) - c) * (T // N)
+        count = n + tl.load(at + 5) - c
     else:
         a, end = tl.load(at), tl.load(at + 1)
-        n = end - a
+        c, n = a, end - a
         if LENS:  # the columns ascend
             low = a
             while low < end:
                 middle = (low + end) // 2
-                before = tl.load(idx + middle) * T < stop
+                before = tl.load(tiles.idx + middle) * T < stop
                 low, end = tl.where(before, middle + 1, low), tl.where(before, end, middle)
             n = low - a
-        return a, n, a, n * (T // N)
+        count = n
+    return (a, n, c), count * (T // N)
+
+
+@jit
+def place_of(step, span, tiles, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    """The tile of a step, and its first key, or query, of N."""
+    a, n, c = span
+    tile = step // (T // N)
+    tile = tl.where(tile < n, a + tile, c + tile - n) if MASKED else a + tile
+    return tile, tl.load(tiles.idx + tile) * T + step % (T // N) * N
 
 
 @jit
@@ -704,7 +715,7 @@ def elements_of(bits, which, i, start, T: tl.constexpr, N: tl.constexpr, BACK: t
 
 @jit
 def visible(
-    i, start, entry, stop, tiles, size, N: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr, BACK: tl.constexpr
+    i, start, tile, stop, tiles, size, N: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr, BACK: tl.constexpr
 ):
     """Whether queries i [M] see N keys from `start` on, in a tile: [M, N], or, where BACK, [N, M]; where not MASKED the
     ends alone decide."""
@@ -716,9 +727,9 @@ def visible(
             live = live & (col <= row + (size.Sk - size.Sq))
         if C.b < C.T:
             at = row % C.T // C.b * (C.T // C.b) + col % C.T // C.b
-            live = live & (((tl.load(tiles.sub + entry) >> at.to(tl.int64)) & 1) == 1)
+            live = live & (((tl.load(tiles.sub + tile) >> at.to(tl.int64)) & 1) == 1)
         if C.PART:
-            live = live & (elements_of(tiles.bits, tl.load(tiles.part + entry), i, start, C.T, N, BACK) == 1)
+            live = live & (elements_of(tiles.bits, tl.load(tiles.part + tile), i, start, C.T, N, BACK) == 1)
     return live
 
 
@@ -735,12 +746,10 @@ def forward_kernel(
     keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
     acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
     for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
-        a, na, c, steps = steps_of(tiles.ranges + row * 6, tiles.idx, stop, C.T, N, MASKED, C.LENS)
+        span, steps = steps_of(tiles, row, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
-            n = step // (C.T // N)
-            entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
-            start = tl.load(tiles.idx + entry) * C.T + step % (C.T // N) * N
-            live = visible(i, start, entry, stop, tiles, size, N, C, MASKED, False)
+            tile, start = place_of(step, span, tiles, C.T, N, MASKED)
+            live = visible(i, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0  # no p of 0 may meet the NaN of a key that nobody here sees
             y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
             z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
@@ -803,12 +812,10 @@ def dq_kernel(
     keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
     acc = tl.zeros([M, DP], ACC)
     for MASKED in tl.static_range(2):
-        a, na, c, steps = steps_of(tiles.ranges + row * 6, tiles.idx, stop, C.T, N, MASKED, C.LENS)
+        span, steps = steps_of(tiles, row, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
-            n = step // (C.T // N)
-            entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
-            start = tl.load(tiles.idx + entry) * C.T + step % (C.T // N) * N
-            live = visible(i, start, entry, stop, tiles, size, N, C, MASKED, False)
+            tile, start = place_of(step, span, tiles, C.T, N, MASKED)
+            live = visible(i, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0
             y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
             z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
@@ -841,18 +848,16 @@ def dkdv_kernel(
         queries, gradients = head_of(q, batch, h), head_of(do, batch, h)
         of_head = (batch * H + h).to(tl.int64) * Sq
         for MASKED in tl.static_range(2):
-            at = tiles.ranges + (row + one * size.lay_h * ((Sk + C.T - 1) // C.T)) * 6
-            a, na, c, steps = steps_of(at, tiles.idx, stop, C.T, M, MASKED, False)
+            row_of_head = row + one * size.lay_h * ((Sk + C.T - 1) // C.T)
+            span, steps = steps_of(tiles, row_of_head, stop, C.T, M, MASKED, False)
             if C.LENS:
                 steps = tl.where(first < stop, steps, 0)
             for step in range(0, steps):
-                n = step // (C.T // M)
-                entry = tl.where(n < na, a + n, c + n - na) if MASKED else a + n
-                start = tl.load(tiles.idx + entry) * C.T + step % (C.T // M) * M
+                tile, start = place_of(step, span, tiles, C.T, M, MASKED)
                 i = start + tl.arange(0, M)
                 sees = i < Sq
                 if MASKED:
-                    live = visible(i, first, entry, stop, tiles, size, N, C, True, True)
+                    live = visible(i, first, tile, stop, tiles, size, N, C, True, True)
                     sees = tl.max(live.to(tl.int32), 0) > 0  # nor the NaN of a query that sees nothing
                 x = rows_of(queries, start, sees, q.row, M, D, DP, MASKED or RAGGED)
                 g = rows_of(gradients, start, sees, do.row, M, D, DP, MASKED or RAGGED)
