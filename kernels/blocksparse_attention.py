@@ -622,7 +622,7 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 Strided = namedtuple("Strided", "data batch head row")  # of [B, H, S, D], the beginning and the strides
 Tiles = namedtuple("Tiles", "lens ranges order idx sub part bits")  # kv_lens, `ranges` below, and one way of a layout
 Sizes = namedtuple("Sizes", "lay_b lay_h H G Sq Sk scale log2_scale")  # lay_b, lay_h: strides of the layout, in heads
-Constants = namedtuple("Constants", "T b CAUSAL LENS PART SIGN PRECISION")
+Constants = namedtuple("Constants", "T b D DP CAUSAL LENS PART SIGN PRECISION ACC")  # DP: D up to a power of two
 
 
 @jit
@@ -651,14 +651,16 @@ def head_of(x, batch, head):
 
 
 @jit
-def program(tiles, heads, lay_b, lay_h, S, Sk, N: tl.constexpr, C: tl.constexpr):
-    """What this program does: batch, head, row of the layout, first of its N queries or keys, where the keys end."""
-    rows, parts = (S + C.T - 1) // C.T, C.T // N
+def program(tiles, size, N: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr):
+    """What this program does: batch, head, row of the layout, first of its N queries, or, where BACK, its N keys, and
+    where the keys end."""
+    G, S = (size.G, size.Sk) if BACK else (1, size.Sq)
+    heads, rows, parts = size.H // G, (S + C.T - 1) // C.T, C.T // N
     one, pid = tl.program_id(0) // (rows * parts), tl.program_id(0) % (rows * parts)
-    batch, head, stop = one // heads, one % heads, Sk
+    batch, head, stop = one // heads, one % heads, size.Sk
     if C.LENS:
-        stop = tl.maximum(tl.minimum(tl.load(tiles.lens + batch), Sk), 0).to(tl.int32)
-    row = (batch * lay_b + head * lay_h) * rows
+        stop = tl.maximum(tl.minimum(tl.load(tiles.lens + batch), stop), 0).to(tl.int32)
+    row = (batch * size.lay_b + head * G * size.lay_h) * rows
     tile = tl.load(tiles.order + row + pid // parts)
     return batch, head, row + tile, tile * C.T + pid % parts * N, stop
 
@@ -734,25 +736,22 @@ def visible(
 
 
 @jit
-def forward_kernel(
-    q, k, v, out, lse, tiles, size, C: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def forward_kernel(q, k, v, out, lse, tiles, size, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Online softmax: M queries of one head against their tiles, m the largest score so far in units of log 2."""
     H, Sq = size.H, size.Sq
-    batch, head, row, first, stop = program(tiles, H, size.lay_b, size.lay_h, Sq, size.Sk, M, C)
+    batch, head, row, first, stop = program(tiles, size, M, C, False)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, D, DP, True)
+    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, C.D, C.DP, True)
     keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
-    acc, total, m = tl.zeros([M, DP], ACC), tl.zeros([M], ACC), tl.full([M], float("-inf"), ACC)
+    acc, total, m = tl.zeros([M, C.DP], C.ACC), tl.zeros([M], C.ACC), tl.full([M], float("-inf"), C.ACC)
     for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
         span, steps = steps_of(tiles, row, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
             tile, start = place_of(step, span, tiles, C.T, N, MASKED)
             live = visible(i, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0  # no p of 0 may meet the NaN of a key that nobody here sees
-            y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
-            z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
+            y = rows_of(keys, start, seen, k.row, N, C.D, C.DP, MASKED or C.LENS)
+            z = rows_of(values, start, seen, v.row, N, C.D, C.DP, MASKED or C.LENS)
             s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)  # (1)
             if C.SIGN != 1:
                 s = s * C.SIGN
@@ -766,16 +765,13 @@ def forward_kernel(
             acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=C.PRECISION)
             m = largest
     some = tl.where(total == 0.0, 1.0, total)
-    put_rows(out + where * D, acc / some[:, None], first, Sq, M, D, DP)  # (3)
+    put_rows(out + where * C.D, acc / some[:, None], first, Sq, M, C.D, C.DP)  # (3)
     log_sum = tl.where(total == 0.0, float("-inf"), (m + tl.log2(some)) * 0.6931471805599453)  # (2)
     tl.store(lse + where + i, log_sum, mask=i < Sq)
 
 
 @jit
-def delta_kernel(
-    out, do, dlse, delta, H, Sq,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def delta_kernel(out, do, dlse, delta, H, Sq, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr):
     """(5) of M queries. Where a query sees nothing it may be NaN: `live` keeps it out of the sums."""
     tiles = (Sq + M - 1) // M
     one, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * M
@@ -798,27 +794,24 @@ def saved(lse, delta, i, Sq, MASKED: tl.constexpr):
 
 
 @jit
-def dq_kernel(
-    q, k, v, do, lse, delta, dq, tiles, size, C: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def dq_kernel(q, k, v, do, lse, delta, dq, tiles, size, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """The gradient of M queries, over the same tiles as forward."""
     H, Sq = size.H, size.Sq
-    batch, head, row, first, stop = program(tiles, H, size.lay_b, size.lay_h, Sq, size.Sk, M, C)
+    batch, head, row, first, stop = program(tiles, size, M, C, False)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, D, DP, True)
-    g = rows_of(head_of(do, batch, head), first, i < Sq, do.row, M, D, DP, True)
+    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, C.D, C.DP, True)
+    g = rows_of(head_of(do, batch, head), first, i < Sq, do.row, M, C.D, C.DP, True)
     ends, d = saved(lse + where, delta + where, i, Sq, True)
     keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
-    acc = tl.zeros([M, DP], ACC)
+    acc = tl.zeros([M, C.DP], C.ACC)
     for MASKED in tl.static_range(2):
         span, steps = steps_of(tiles, row, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
             tile, start = place_of(step, span, tiles, C.T, N, MASKED)
             live = visible(i, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0
-            y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
-            z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
+            y = rows_of(keys, start, seen, k.row, N, C.D, C.DP, MASKED or C.LENS)
+            z = rows_of(values, start, seen, v.row, N, C.D, C.DP, MASKED or C.LENS)
             s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)
             if C.SIGN != 1:
                 s = s * C.SIGN
@@ -827,22 +820,22 @@ def dq_kernel(
             if MASKED or C.LENS:
                 ds = tl.where(live, ds, 0.0)
             acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=C.PRECISION)
-    put_rows(dq + where * D, acc * size.scale, first, Sq, M, D, DP)  # (8)
+    put_rows(dq + where * C.D, acc * size.scale, first, Sq, M, C.D, C.DP)  # (8)
 
 
 @jit
 def dkdv_kernel(
-    q, k, v, do, lse, delta, dk, dv, tiles, size, C: tl.constexpr, RAGGED: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
+    q, k, v, do, lse, delta, dk, dv, tiles, size,
+    C: tl.constexpr, RAGGED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of N keys and values of one key head, over the tiles of all the query heads that it serves."""
     H, G, Sq, Sk = size.H, size.G, size.Sq, size.Sk
-    batch, head, row, first, stop = program(tiles, H // G, size.lay_b, size.lay_h * G, Sk, Sk, N, C)
-    j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * D
+    batch, head, row, first, stop = program(tiles, size, N, C, True)
+    j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * C.D
     some = first + tl.arange(0, N) < stop
-    y = rows_of(head_of(k, batch, head), first, some, k.row, N, D, DP, True)
-    z = rows_of(head_of(v, batch, head), first, some, v.row, N, D, DP, True)
-    acc_k, acc_v = tl.zeros([N, DP], ACC), tl.zeros([N, DP], ACC)
+    y = rows_of(head_of(k, batch, head), first, some, k.row, N, C.D, C.DP, True)
+    z = rows_of(head_of(v, batch, head), first, some, v.row, N, C.D, C.DP, True)
+    acc_k, acc_v = tl.zeros([N, C.DP], C.ACC), tl.zeros([N, C.DP], C.ACC)
     for one in range(0, G):
         h = head * G + one
         queries, gradients = head_of(q, batch, h), head_of(do, batch, h)
@@ -859,8 +852,8 @@ def dkdv_kernel(
                 if MASKED:
                     live = visible(i, first, tile, stop, tiles, size, N, C, True, True)
                     sees = tl.max(live.to(tl.int32), 0) > 0  # nor the NaN of a query that sees nothing
-                x = rows_of(queries, start, sees, q.row, M, D, DP, MASKED or RAGGED)
-                g = rows_of(gradients, start, sees, do.row, M, D, DP, MASKED or RAGGED)
+                x = rows_of(queries, start, sees, q.row, M, C.D, C.DP, MASKED or RAGGED)
+                g = rows_of(gradients, start, sees, do.row, M, C.D, C.DP, MASKED or RAGGED)
                 ends, d = saved(lse + of_head, delta + of_head, i, Sq, MASKED or RAGGED)
                 s = tl.dot(y, tl.trans(x), input_precision=C.PRECISION)  # [keys, queries]
                 if C.SIGN != 1:
@@ -872,8 +865,8 @@ def dkdv_kernel(
                     ds = tl.where(live, ds, 0.0)
                 acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=C.PRECISION)
                 acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=C.PRECISION)
-    put_rows(dk + where, tl.where(j < stop, acc_k * size.scale, 0.0), first, Sk, N, D, DP)  # (9)
-    put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, D, DP)  # (7)
+    put_rows(dk + where, tl.where(j < stop, acc_k * size.scale, 0.0), first, Sk, N, C.D, C.DP)  # (9)
+    put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, C.D, C.DP)  # (7)
 
 
 def ranges(seg, key, own, other, lo, hi, back):
@@ -910,39 +903,42 @@ def ranges_both(layout, T, Sq, Sk, causal):
 FORWARD = {128: (128, 128, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 3, 4), 1024: (32, 32, 1, 4)}
 DQ = {128: (128, 64, 3, 8), 256: (128, 64, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
 DKDV = {128: (64, 128, 3, 8), 256: (64, 128, 3, 8), 512: (64, 32, 2, 8), 1024: (32, 32, 1, 4)}
-DELTA = dict.fromkeys((128, 256, 512, 1024), (64, 16, 1, 4))
 IEEE = {128: (32, 32, 2, 8), 256: (32, 32, 2, 8), 512: (32, 32, 2, 8), 1024: (16, 16, 1, 8)}  # larger ones spill
 FITS = {}  # what each kernel, with these constants, was found to fit with on a device
 
 
-def launch(kernel, table, q, tile, programs, *args, **constants):
-    """Start `kernel` with the tiles of its table, at most `tile`; if they do not fit, fewer stages, then smaller."""
-    D, size = q.shape[3], 4 if q.dtype in (torch.float32, torch.float64) else 2
-    DP = max(16, triton.next_power_of_2(D))
-    key = kernel, tile, DP, size, q.device, *constants.values()
-    if size == 4 and "C" in constants and constants["C"].PRECISION == "ieee" and not INTERPRET:  # without tensor cores
+def launch(kernel, table, grid, q, *args, C, **constants):
+    """Start `kernel` with the tiles of its table, at most C.T; if they do not fit, fewer stages, then smaller."""
+    key = kernel, q.dtype, q.device, C, *constants.values()
+    size = min(4, q.element_size())
+    if size == 4 and C.PRECISION == "ieee" and not INTERPRET:  # without tensor cores
         table = IEEE
-    M, N, stages, warps = FITS.get(key) or table[max(128, DP * size)]
-    M, N = min(M, tile), min(N, tile)
-    halved = table is FORWARD or (table is DQ and DP * size <= 256) or (table is DKDV and DP * size <= 128)
-    warps = min(warps, max(4, max(M, N) // 16)) if halved else warps
-    constants |= {"D": D, "DP": DP, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
+    row = max(128, C.DP * size)
+    M, N, stages, warps = FITS.get(key) or table[row]
+    M, N = min(M, C.T), min(N, C.T)
+    if table is FORWARD or (table is DQ and row <= 256) or (table is DKDV and row <= 128):
+        warps = min(warps, max(4, max(M, N) // 16))
     while True:
         try:
             options = {"M": M, "N": N, "num_stages": stages, "num_warps": warps, "enable_fp_fusion": True}
             with torch.cuda.device_of(q):
-                kernel[(programs(M, N),)](*args, **constants, **options)
+                kernel[grid](*args, C=C, **constants, **options)
             FITS[key] = M, N, stages, warps
             return
         except triton.runtime.errors.OutOfResources:
             if stages == 1 and max(M, N) <= 16:
                 raise
-            M, N, stages = (M, N, stages - 1) if stages > 1 else (M // 2, N, 1) if M >= N else (M, N // 2, 1)
+            if stages > 1:
+                stages -= 1
+            elif M >= N:
+                M //= 2
+            else:
+                N //= 2
 
 
 def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     """What all the kernels take: the tiles of either way, sizes and constants."""
-    (_, H, Sq, _), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
+    (_, H, Sq, D), (K, Sk), (lead_b, lead_h, b, T) = q.shape, k.shape[1:3], sizes
     *both, bits = split(layout)
     lens = both[0].seg if kv_lens is None else kv_lens.contiguous()  # a pointer at least, which nobody follows
     words = bits.view(torch.int32) if len(bits) else bits  # of 32 keys
@@ -954,9 +950,10 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     sign = (scale > TINY) - (scale < -TINY)
     log2_scale = (abs(scale) if sign else 1) * math.log2(math.e)
     size = Sizes(lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, scale, log2_scale)
+    DP, acc = max(16, triton.next_power_of_2(D)), tl.float64 if q.dtype == torch.float64 else tl.float32
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 else "ieee"
-    return forth, back, size, Constants(T, b, causal, kv_lens is not None, len(bits) > 0, sign, precision)
+    return forth, back, size, Constants(T, b, D, DP, causal, kv_lens is not None, len(bits) > 0, sign, precision, acc)
 
 
 def strided_rows(x):
@@ -971,9 +968,9 @@ def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         return out.bfloat16(), lse
     (B, H, Sq, _), T = q.shape, sizes[3]
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
-    forth, _, size, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
-    args = *(strided_rows(x) for x in (q, k, v)), out, lse, forth, size
-    launch(forward_kernel, FORWARD, q, T, lambda M, N: B * H * -(-Sq // T) * (T // M), *args, C=constants)
+    forth, _, size, C = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
+    inputs, rows = (strided_rows(x) for x in (q, k, v)), B * H * -(-Sq // T)
+    launch(forward_kernel, FORWARD, lambda tile: (rows * (T // tile["M"]),), q, *inputs, out, lse, forth, size, C=C)
     return out, lse
 
 
@@ -983,14 +980,15 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
         return tuple(x.bfloat16() for x in triton_backward(*floats, layout, sizes, kv_lens, scale, causal))
     (B, H, Sq, _), (K, Sk), T = q.shape, k.shape[1:3], sizes[3]
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    forth, back, size, constants = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
+    forth, back, size, C = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
     inputs = *(strided_rows(x) for x in (q, k, v, do)), lse, delta
-    args = out, inputs[3], dlse.contiguous(), delta, H, Sq
-    launch(delta_kernel, DELTA, q, 64, lambda M, N: B * H * -(-Sq // M), *args)
-    args, programs = (*inputs, dk, dv, back, size), lambda M, N: B * K * -(-Sk // T) * (T // N)
-    launch(dkdv_kernel, DKDV, q, T, programs, *args, C=constants, RAGGED=Sq % T > 0)
-    args, programs = (*inputs, dq, forth, size), lambda M, N: B * H * -(-Sq // T) * (T // M)
-    launch(dq_kernel, DQ, q, T, programs, *args, C=constants)
+    options = {"D": C.D, "DP": C.DP, "M": 64, "ACC": C.ACC, "num_stages": 1, "enable_fp_fusion": True}
+    with torch.cuda.device_of(q):
+        delta_kernel[(B * H * -(-Sq // 64),)](out, inputs[3], dlse.contiguous(), delta, H, Sq, **options)
+    rows, columns = B * H * -(-Sq // T), B * K * -(-Sk // T)
+    args, options = (*inputs, dk, dv, back, size), {"C": C, "RAGGED": Sq % T > 0}
+    launch(dkdv_kernel, DKDV, lambda tile: (columns * (T // tile["N"]),), q, *args, **options)
+    launch(dq_kernel, DQ, lambda tile: (rows * (T // tile["M"]),), q, *inputs, dq, forth, size, C=C)
     return dq, dk, dv
 
 
