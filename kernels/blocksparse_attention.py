@@ -621,7 +621,9 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 # What they take, in groups. To a kernel, what is in Constants is known when it is compiled.
 Strided = namedtuple("Strided", "data batch head row")  # of [B, H, S, D], the beginning and the strides
 Tiles = namedtuple("Tiles", "lens ranges order idx sub part bits")  # kv_lens, `ranges` below, and one way of a layout
-Sizes = namedtuple("Sizes", "lay_b lay_h H G Sq Sk scale log2_scale")  # lay_b, lay_h: strides of the layout, in heads
+Sizes = namedtuple(
+    "Sizes", "lay_b lay_h H G Sq Sk scale log2_scale log2_size"
+)  # lay_b, lay_h: strides of the layout, in heads
 Constants = namedtuple("Constants", "T b D DP CAUSAL LENS PART SIGN PRECISION ACC")  # DP: D up to a power of two
 
 
@@ -757,9 +759,9 @@ def forward_kernel(q, k, v, out, lse, tiles, size, C: tl.constexpr, M: tl.conste
                 s = s * C.SIGN
             if MASKED or C.LENS:
                 s = tl.where(live, s, float("-inf"))
-            largest = tl.maximum(m, tl.max(s, 1) * size.log2_scale)
+            largest = tl.maximum(m, tl.max(s, 1) * size.log2_size)
             m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or C.LENS else largest  # inf - inf is NaN
-            p = tl.exp2(s * size.log2_scale - m_[:, None])
+            p = tl.exp2(s * size.log2_size - m_[:, None])
             shrink = tl.exp2(m - m_)
             total = total * shrink + tl.sum(p, 1)
             acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=C.PRECISION)
@@ -813,8 +815,6 @@ def dq_kernel(q, k, v, do, lse, delta, dq, tiles, size, C: tl.constexpr, M: tl.c
             y = rows_of(keys, start, seen, k.row, N, C.D, C.DP, MASKED or C.LENS)
             z = rows_of(values, start, seen, v.row, N, C.D, C.DP, MASKED or C.LENS)
             s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)
-            if C.SIGN != 1:
-                s = s * C.SIGN
             p = tl.exp2(s * size.log2_scale - ends[:, None])  # (4)
             ds = p * (tl.dot(g, tl.trans(z), input_precision=C.PRECISION) - d[:, None])  # (6)
             if MASKED or C.LENS:
@@ -856,8 +856,6 @@ def dkdv_kernel(
                 g = rows_of(gradients, start, sees, do.row, M, C.D, C.DP, MASKED or RAGGED)
                 ends, d = saved(lse + of_head, delta + of_head, i, Sq, MASKED or RAGGED)
                 s = tl.dot(y, tl.trans(x), input_precision=C.PRECISION)  # [keys, queries]
-                if C.SIGN != 1:
-                    s = s * C.SIGN
                 p = tl.exp2(s * size.log2_scale - ends[None, :])  # (4)
                 ds = p * (tl.dot(z, tl.trans(g), input_precision=C.PRECISION) - d[None, :])  # (6)
                 if MASKED:
@@ -946,10 +944,11 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
         Tiles(lens, at, x.order, x.idx, x.sub, x.part, words)
         for at, x in zip(ranges_both(layout, T, Sq, Sk, causal), both)
     )
-    # The size of the scale, in units of log 2, apart from its sign: of a positive factor, max(s) f = max(s f).
+    # In units of log 2 the scale, and for the maximum, as of a positive factor max(s f) = max(s) f, its size and sign.
     sign = (scale > TINY) - (scale < -TINY)
-    log2_scale = (abs(scale) if sign else 1) * math.log2(math.e)
-    size = Sizes(lead_h if lead_b > 1 else 0, int(lead_h > 1), H, H // K, Sq, Sk, scale, log2_scale)
+    log2_size = (abs(scale) if sign else 1) * math.log2(math.e)
+    lay_b, lay_h = lead_h if lead_b > 1 else 0, int(lead_h > 1)
+    size = Sizes(lay_b, lay_h, H, H // K, Sq, Sk, scale, sign * log2_size, log2_size)
     DP, acc = max(16, triton.next_power_of_2(D)), tl.float64 if q.dtype == torch.float64 else tl.float32
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 else "ieee"
