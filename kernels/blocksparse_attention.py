@@ -409,8 +409,8 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
 
     Returns the order of the rows [rows], the most blocks in a chunk, and the groups: their slice of the order, the
     number n of blocks in a row, and a function that goes through the chunks: a slice of R rows of the group, their
-    blocks [R n], as numbers of blocks of k or of q, and a mask [R, b, t b] of the last t blocks of each row, or None
-    where t is 0: only blocks that need a mask are there, or whole ones to fill up.
+    blocks [R n], as numbers of blocks of k or of q, and what is hidden [R, b, t b] in the last t blocks of each row,
+    or None where t is 0: only blocks that need a mask are there, or whole ones to fill up.
     """
     (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
     forth, back, bits = split(layout)
@@ -447,7 +447,7 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     numbers, groups = (x.tolist() for x in count[order].unique_consecutive(return_counts=True))
     tails, threads = tail[order].tolist(), torch.get_num_threads()
 
-    def mask_of(blocks, n, t):
+    def hidden_in(blocks, n, t):
         late = torch.arange(blocks.start, blocks.stop, device=q.device).view(-1, n)[:, n - t :]
         query, key = i[late][..., None, None] * b + arange[:, None], j[late][..., None, None] * b + arange
         mask = (query < Sq) & (key < stop[late][..., None, None])  # [R, t, b of queries, b of keys]
@@ -456,13 +456,13 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
         if len(part):
             which = part[entry[late]].long()
             mask &= unpack(bits[which.clamp(min=0)]) | (which < 0)[..., None, None]
-        return (mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
+        return ~(mask.permute(0, 3, 1, 2) if by_key else mask.transpose(1, 2)).flatten(2)
 
     def slices(n, R, rows, row, first):
         for begin in range(0, rows, R):
             end = min(begin + R, rows)
             some, t = slice(first + begin * n, first + end * n), tails[row + end - 1]  # tails ascend in a group
-            yield slice(begin, end), block[some], mask_of(some, n, t) if t else None
+            yield slice(begin, end), block[some], hidden_in(some, n, t) if t else None
 
     spans, most, row, first = [], 0, 0, 0
     for n, rows in zip(numbers, groups):
@@ -488,6 +488,12 @@ def take(x, rows, out):
     """x[rows] in the beginning of `out`, which is there already, since fresh pages cost as much as arithmetic."""
     out = out[: len(rows)]
     return torch.index_select(x, 0, rows, out=out) if x.dtype == out.dtype else out.copy_(x.index_select(0, rows))
+
+
+def fill_last(x, dim, where, value=0):
+    """Put `value` into the last part of x along `dim`, as long as `where`, where that is true; None is nowhere."""
+    if where is not None:
+        x.narrow(dim, x.shape[dim] - where.shape[dim], where.shape[dim]).masked_fill_(where, value)
 
 
 def accurate(x):
@@ -516,30 +522,32 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     out, m, total = torch.empty_like(Q), *(Q.new_full(Q.shape[:2], x, dtype=dtype) for x in (-math.inf, 1))
 
     def attend(span, n, slices, large):
-        """Outputs [R, b, D] of a group of rows. With no mask and no score `large`, exp needs no maximum."""
-        X, M, T = Q.index_select(0, order[span]).to(dtype).mul_(scale), m[span], total[span]
-        M.zero_() if n else X.zero_()
-        for at, blocks, mask in slices():
-            x, R, t = X[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
-            unseen = ~mask.any(1)[..., None] if t else None  # [R, t b, 1], of keys whose 0 p would meet a NaN
+        """Outputs [R, b, D] of a group of rows. With nothing hidden and no score `large`, exp needs no maximum."""
+        X, M, T = Q.index_select(0, order[span]).to(dtype).mul_(scale), m[span].zero_(), total[span]
+        for at, blocks, hidden in slices():
+            x, R, unseen = X[at], at.stop - at.start, None if hidden is None else hidden.all(1)[..., None]
             y = take(K, blocks, gathered).view(R, n * b, D)
-            t and y[:, n * b - t :].masked_fill_(unseen, 0)
+            fill_last(y, 1, unseen)  # no p of 0 may meet the NaN of a key that nobody here sees
             s = torch.bmm(x, y.mT, out=scores[: R * n * b * b].view(R, b, n * b))  # (1)
-            if t or large:
-                t and s[:, :, n * b - t :].masked_fill_(~mask, -math.inf)
+            fill_last(s, 2, hidden, -math.inf)
+            if large or hidden is not None:
                 peak = torch.amax(s, -1, out=M[at])
-                s.sub_((peak.masked_fill(peak == -math.inf, 0) if t else peak)[..., None])
+                s.sub_(peak.masked_fill(peak == -math.inf, 0)[..., None])
             torch.sum(s.exp_(), -1, out=T[at])
-            t and T[at].masked_fill_(peak == -math.inf, 1)  # a row that sees nothing
+            if hidden is not None:
+                T[at].masked_fill_(peak == -math.inf, 1)  # a query that sees nothing
             take(V, blocks, gathered)  # into y
-            t and y[:, n * b - t :].masked_fill_(unseen, 0)
+            fill_last(y, 1, unseen)
             torch.bmm(s, y, out=x)  # x gives way to the output
         return X.div_(T[..., None])  # (3)
 
     large = q.is_cuda  # a GPU would have to wait to know
     for span, n, slices in groups:
+        if n == 0:
+            out.index_fill_(0, order[span], 0)
+            continue
         X = attend(span, n, slices, large)
-        if n and not large:
+        if not large:
             low, high = total[span].aminmax()
             large = not (1e-12 < low.item() and high.item() < 1e12)  # from here on
             X = attend(span, n, slices, large) if large else X
@@ -566,23 +574,26 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
     dq, dk, dv = torch.zeros_like(Q, dtype=dtype), torch.empty_like(K), torch.empty_like(V)
     for span, n, slices in groups:
         rows = order[span]
+        if n == 0:
+            dk.index_fill_(0, rows, 0)
+            dv.index_fill_(0, rows, 0)
+            continue
         Y, Z = (x.index_select(0, rows).to(dtype) for x in (K, V))  # which give way to their gradients
-        n or (Y.zero_(), Z.zero_())
         Y.mul_(scale)
-        for at, blocks, mask in slices():
-            y, z, R, t = Y[at], Z[at], at.stop - at.start, 0 if mask is None else mask.shape[2]
+        for at, blocks, hidden in slices():
+            y, z, R = Y[at], Z[at], at.stop - at.start
             x, g = (take(u, blocks, some).view(R, n * b, D) for u, some in zip((Q, dO), gathered))
-            if t:  # no 0 may meet the NaN of an unseen key, or of a query that sees none
-                blind = ~mask.any(1)[..., None]
-                x[:, n * b - t :].masked_fill_(blind, 0)
-                g[:, n * b - t :].masked_fill_(blind, 0)
-                if t == n * b:
-                    unseen = ~mask.any(2)[..., None]
+            if hidden is not None:  # no 0 may meet the NaN of a query that sees none, or of an unseen key
+                blind = hidden.all(1)[..., None]
+                fill_last(x, 1, blind)
+                fill_last(g, 1, blind)
+                if hidden.shape[2] == n * b:
+                    unseen = hidden.all(2)[..., None]
                     y.masked_fill_(unseen, 0)
                     z.masked_fill_(unseen, 0)
             p, ds = (u[: R * n * b * b].view(R, b, n * b) for u in scores)  # [R, keys, queries]
             torch.bmm(y, x.mT, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
-            t and p[:, :, n * b - t :].masked_fill_(~mask, 0)
+            fill_last(p, 2, hidden)
             torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
             torch.bmm(p, g, out=z)  # (7)
             dq.index_add_(0, blocks, torch.bmm(ds.mT, y, out=g).view(-1, b, D))  # (8)
@@ -600,14 +611,13 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
     out, lse = torch.zeros_like(Q), Q.new_full(Q.shape[:2], -math.inf)
     order, _, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
     for span, n, slices in groups:
-        for at, blocks, mask in slices():
+        for at, blocks, last in slices():
             rows, R = order[span][at], at.stop - at.start
-            live = torch.ones(R, b, n * b, dtype=torch.bool, device=q.device)
-            if mask is not None:
-                live[..., n * b - mask.shape[2] :] = mask
-            y, z = (x[blocks].view(R, n * b, D).masked_fill(~live.any(1)[..., None], 0) for x in (K, V))
-            x = Q[rows].masked_fill(~live.any(2)[..., None], 0)
-            s = (x @ y.mT * scale).masked_fill(~live, -math.inf)
+            hidden = torch.zeros(R, b, n * b, dtype=torch.bool, device=q.device)
+            fill_last(hidden, 2, last, True)
+            y, z = (x[blocks].view(R, n * b, D).masked_fill(hidden.all(1)[..., None], 0) for x in (K, V))
+            x = Q[rows].masked_fill(hidden.all(2)[..., None], 0)
+            s = (x @ y.mT * scale).masked_fill(hidden, -math.inf)
             m = s.detach().amax(-1, keepdim=True)
             p = (s - m.masked_fill(m == -math.inf, 0)).exp()
             total = p.sum(-1, keepdim=True)
