@@ -101,6 +101,11 @@ TINY = 1.2e-38  # what float32 may flush to 0
 CHUNK = 2**17  # scores that the PyTorch path holds at a time for each thread, unless one row has more
 
 
+def described(x):
+    """What was given, in a message."""
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
 # ==== the layout ======================================================================================================
 def entries(live):
     """bool [heads, own, other] -> row [E], heads and own in one number, and column [E], in order."""
@@ -220,8 +225,8 @@ class BlockLayout:
         1 or absent, batch or head is always 0. What causal=True, the ends and kv_lens remove needs no element mask.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3, 4) or not mask.numel():
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb], not empty; it is {got}")
+            wanted = "bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb], not empty"
+            raise ValueError(f"mask must be {wanted}; it is {described(mask)}")
         if not isinstance(block_size, int) or block_size not in BLOCKS:
             raise ValueError(f"block_size must be one of {BLOCKS}; it is {block_size}")
         b, (_, H, Qb, Kb) = block_size, (1, 1, *mask.shape)[-4:]
@@ -231,12 +236,11 @@ class BlockLayout:
             raise ValueError(f"a layout takes up to 2^31 - 1 blocks; mask has {len(row)}: choose a larger block_size")
         part, bits = row.new_empty(0, dtype=torch.int32), row.new_empty(0, b, b // 8, dtype=torch.uint8)
         partial = None
-        given, wanted = isinstance(element_mask, Tensor), f"bool {[len(row), b, b]}, a [b, b] for each block"
-        if given and (element_mask.dtype != torch.bool or element_mask.shape != (len(row), b, b)):
-            got = f"{element_mask.dtype} {list(element_mask.shape)}"
-            raise ValueError(f"element_mask must be {wanted}; it is {got}")
-        if not (given or element_mask is None or callable(element_mask)):
-            raise ValueError(f"element_mask must be {wanted}, or a function; it is {type(element_mask).__name__}")
+        given, wanted = isinstance(element_mask, Tensor), [len(row), b, b]
+        fits = given and element_mask.dtype == torch.bool and list(element_mask.shape) == wanted
+        if not (fits or element_mask is None or callable(element_mask)):
+            wanted = f"bool {wanted}, a [b, b] for each block, or a function"
+            raise ValueError(f"element_mask must be {wanted}; it is {described(element_mask)}")
         if element_mask is not None and len(row):
             within, packed = torch.arange(b, device=row.device), []
             for some in torch.arange(len(row), device=row.device).split(max(1, 2**22 // b**2)):
@@ -1141,14 +1145,10 @@ def check(q, k, v, layout, kv_lens, scale, backend):
         lambda: f"layout has batch and heads {lead[0]} and {lead[1]}, each must be 1 or that of q: {shapes()}",
     )
     if kv_lens is not None:
-        tensor = isinstance(kv_lens, Tensor)
-        integer = tensor and kv_lens.dtype in (torch.int32, torch.int64)
+        integer = isinstance(kv_lens, Tensor) and kv_lens.dtype in (torch.int32, torch.int64)
         require(
             integer and kv_lens.shape == (B,) and kv_lens.device == q.device,
-            lambda: (
-                f"kv_lens must be int32 or int64 [{B}] on {q.device}: it is "
-                + (f"{kv_lens.dtype} {list(kv_lens.shape)} on {kv_lens.device}" if tensor else type(kv_lens).__name__)
-            ),
+            lambda: f"kv_lens must be int32 or int64 [{B}] on {q.device}: it is {described(kv_lens)}",
         )
     require(scale is None or math.isfinite(scale), lambda: f"scale must be finite: it is {scale}")
     tangents = (torch.autograd.forward_ad.unpack_dual(x).tangent for x in (q, k, v))
