@@ -133,8 +133,9 @@ def index(row, col, shape, partial, sub, part, late):
         sub, part = (x[by_key] if len(x) else x for x in (sub, part))
         col, seg = key % other, torch.searchsorted(key, rows * other)
     else:
-        key, seg = row[:0], torch.searchsorted(row.contiguous(), rows[: heads * own + 1]).repeat_interleave(2)[1:]
-    count = (seg[2::2] - seg[:-2:2]).view(heads, own)
+        ends = torch.searchsorted(row.contiguous(), rows[: heads * own + 1])
+        key, seg = row[:0], ends.repeat_interleave(2)[1:]  # where the whole ones end, the row does
+    count = seg[::2].diff().view(heads, own)
     if late:  # of equally long rows the late ones go first: under causal=True they are longer
         order = own - 1 - count.flip(-1).argsort(dim=-1, descending=True, stable=True)
     else:
@@ -158,8 +159,7 @@ def split(tensors):
 
 def blocks_of(index):
     """Row [E] and column [E] of every block."""
-    seg, idx = index.seg.long(), index.idx.long()
-    count = seg[2::2] - seg[:-2:2]
+    count, idx = index.seg[::2].long().diff(), index.idx.long()
     return torch.arange(len(count), device=idx.device).repeat_interleave(count, output_size=len(idx)), idx
 
 
@@ -179,17 +179,20 @@ def coarsen(tensors, shape, b):
     """Tiles for the kernels, 64 or 128 wide, of which `sub` says which blocks live: their size and thirteen tensors."""
     (heads, Qb, Kb), (forth, _, bits) = shape, split(tensors)
     (row, col), part = blocks_of(forth), forth.part
+    head, row = row // Qb, row % Qb
 
     def tiles(T):
+        """The tile that each block is in: head, row and column in one number."""
         f = T // b
-        return row // Qb * -(-Qb // f) * -(-Kb // f) + row % Qb // f * -(-Kb // f) + col // f
+        return (head * -(-Qb // f) + row // f) * -(-Kb // f) + col // f
 
     T = max(b, 64)
     if 8 < b < 128 and len(row) and 0.9 * len(tiles(128).unique()) * (128 // b) ** 2 <= len(row):
         T = 128  # where the blocks fill them, wide tiles are faster
-    f, (tile, of) = T // b, tiles(T).unique(return_inverse=True)
+    f, (tile, of) = T // b, tiles(T).unique(return_inverse=True)  # f x f blocks in a tile, block n in tile[of[n]]
     Qt, Kt = -(-Qb // f), -(-Kb // f)
-    at, sub, partial, tile_part = row % Qb % f * f + col % f, part[:0].long(), torch.zeros_like(tile).bool(), part
+    at = row % f * f + col % f  # the place of a block in its tile
+    sub, tile_part, partial = part[:0].long(), part, torch.zeros_like(tile, dtype=torch.bool)
     if f > 1:
         sub = torch.zeros_like(tile).index_add_(0, of, torch.ones_like(at) << at)
         partial = sub != (-1 if f == 8 else (1 << f * f) - 1)
@@ -423,7 +426,8 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     own, arange = Kb if by_key else Qb, torch.arange(b, device=q.device)
 
     # Every live block: row, entry of the layout, block of queries i, block of keys j, where the keys end.
-    first, last = (x.view(lead_b, lead_h, own).expand(B, H, own).flatten().long() for x in (seg[:-2:2], seg[2::2]))
+    ends = seg[::2].long()
+    first, last = (x.view(lead_b, lead_h, own).expand(B, H, own).flatten() for x in (ends[:-1], ends[1:]))
     count = last - first
     row = torch.arange(B * H * own, device=q.device).repeat_interleave(count)
     entry = torch.arange(len(row), device=q.device) + (last - count.cumsum(0))[row]
@@ -881,21 +885,20 @@ def dkdv_kernel(
     put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, C.D, C.DP)  # (7)
 
 
-def ranges(seg, key, own, other, lo, hi, back):
+def ranges(index, own, other, lo, hi, back):
     """Where the tiles of each row lie among its entries: [R, 6], beginnings and ends of those that need no mask, of
     whole ones that the diagonal or the end of the keys cuts, of partial ones. What causal hides is in none of them.
 
     `lo` and `hi` [own] bound the cut ones: columns before lo are seen whole, those from hi on not at all; or, in the
     index of the key blocks (`back`), columns from hi on are seen whole, and those before lo not at all.
     """
-    R = len(seg) // 2
-    row = torch.arange(R, device=seg.device) * 2 * other
-    lo, hi = (x.clamp(0, other).repeat(R // own) for x in (lo, hi))
-    cut, after, late = torch.searchsorted(key, torch.stack((row + lo, row + hi, row + other + (lo if back else hi))))
-    first, middle, last = seg[:-2:2], seg[1::2], seg[2::2]
-    if back:
-        return torch.stack((after, middle, cut, after, late, last), -1).int()
-    return torch.stack((first, cut, cut, after, middle, late), -1).int()
+    (first, middle), last = index.seg[:-1].view(-1, 2).unbind(1), index.seg[2::2]
+    row = torch.arange(len(last), device=last.device) * 2 * other
+    lo, hi = (x.clamp(0, other).repeat(len(last) // own) for x in (lo, hi))
+    wanted = torch.stack((row + lo, row + hi, row + other + (lo if back else hi)))
+    cut, after, late = torch.searchsorted(index.key, wanted)
+    parts = (after, middle, cut, after, late, last) if back else (first, cut, cut, after, middle, late)
+    return torch.stack(parts, -1).int()
 
 
 def ranges_both(layout, T, Sq, Sk, causal):
@@ -906,8 +909,7 @@ def ranges_both(layout, T, Sq, Sk, causal):
     if causal:
         lo, hi = torch.minimum(lo, (i + shift + 1) // T), ((i + T).clamp(max=Sq) + shift + T - 1) // T
         back_lo, back_hi = (j - shift) // T, torch.maximum(back_hi, (j + T - 1 - shift + T - 1) // T)
-    forth = ranges(forth.seg, forth.key, Qt, Kt, lo, hi, False)
-    return forth, ranges(back.seg, back.key, Kt, Qt, back_lo, back_hi, True)
+    return ranges(forth, Qt, Kt, lo, hi, False), ranges(back, Kt, Qt, back_lo, back_hi, True)
 
 
 # M, N, stages and warps by the bytes of a row of D, for tiles of 128; those of 64 take half of the warps where
