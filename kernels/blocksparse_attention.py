@@ -101,6 +101,11 @@ TINY = 1.2e-38  # what float32 may flush to 0
 CHUNK = 2**17  # scores that the PyTorch path holds at a time for each thread, unless one row has more
 
 
+def cdiv(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def described(x):
     """What was given, in a message."""
     return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
@@ -184,13 +189,13 @@ def coarsen(tensors, shape, b):
     def tiles(T):
         """The tile that each block is in: head, row and column in one number."""
         f = T // b
-        return (head * -(-Qb // f) + row // f) * -(-Kb // f) + col // f
+        return (head * cdiv(Qb, f) + row // f) * cdiv(Kb, f) + col // f
 
     T = max(b, 64)
     if 8 < b < 128 and len(row) and 0.9 * len(tiles(128).unique()) * (128 // b) ** 2 <= len(row):
         T = 128  # where the blocks fill them, wide tiles are faster
     f, (tile, of) = T // b, tiles(T).unique(return_inverse=True)  # f x f blocks in a tile, block n in tile[of[n]]
-    Qt, Kt = -(-Qb // f), -(-Kb // f)
+    Qt, Kt = cdiv(Qb, f), cdiv(Kb, f)
     at = row % f * f + col % f  # the place of a block in its tile
     sub, tile_part, partial = part[:0].long(), part, torch.zeros_like(tile, dtype=torch.bool)
     if f > 1:
@@ -300,7 +305,7 @@ def grid(sq, sk, block_size, device):
     """Indices of the query blocks [Qb, 1] and of the key blocks [1, Kb]."""
     if min(sq, sk) < 1 or block_size not in BLOCKS:
         raise ValueError(f"needs sq and sk above 0 and a block_size of {BLOCKS}: they are {sq}, {sk}, {block_size}")
-    i, j = (torch.arange(-(-s // block_size), device=device) for s in (sq, sk))
+    i, j = (torch.arange(cdiv(s, block_size), device=device) for s in (sq, sk))
     return i[:, None], j[None, :]
 
 
@@ -386,7 +391,7 @@ def block_diagonal(lengths, block_size, device=None):
     b, lengths = block_size, torch.tensor(lengths, device=device, dtype=torch.long)
     owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     grid(len(owner), len(owner), b, device)
-    first, last = owner[::b], torch.cat((owner[b - 1 :: b], owner[-1:]))[: -(-len(owner) // b)]  # of each block
+    first, last = owner[::b], torch.cat((owner[b - 1 :: b], owner[-1:]))[: cdiv(len(owner), b)]  # of each block
     mask = (first[:, None] <= last) & (first <= last[:, None])
 
     def at(i):  # the documents of tokens, those behind the last one included
@@ -422,7 +427,7 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
     forth, back, bits = split(layout)
     seg, idx, _, _, part, _ = back if by_key else forth
-    Qb, Kb, shift = -(-Sq // b), -(-Sk // b), Sk - Sq
+    Qb, Kb, shift = cdiv(Sq, b), cdiv(Sk, b), Sk - Sq
     own, arange = Kb if by_key else Qb, torch.arange(b, device=q.device)
 
     # Every live block: row, entry of the layout, block of queries i, block of keys j, where the keys end.
@@ -475,7 +480,7 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     spans, most, row, first = [], 0, 0, 0
     for n, rows in zip(numbers, groups):
         fit = max(1, round(CHUNK / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
-        R = -(-rows // -(-rows // fit) // threads) * threads  # parts of about one size
+        R = cdiv(rows, cdiv(rows, fit) * threads) * threads  # chunks of about one size
         spans.append((slice(row, row + rows), n, functools.partial(slices, n, R, rows if n else 0, row, first)))
         most, row, first = max(most, min(R, rows) * n), row + rows, first + rows * n
     return order, most, spans
@@ -513,7 +518,7 @@ def whole(layout, sizes, q, k, kv_lens, scale, causal):
     """Whether a layout is full, on a CPU, where PyTorch's own attention does the same."""
     square = not causal or (q.shape[2] == k.shape[2] and scale > TINY)  # its kernel multiplies -inf by the scale
     forth, _, bits = split(layout)
-    full = len(forth.idx) == math.prod(sizes[:2]) * -(-q.shape[2] // sizes[2]) * -(-k.shape[2] // sizes[2])
+    full = len(forth.idx) == math.prod(sizes[:2]) * cdiv(q.shape[2], sizes[2]) * cdiv(k.shape[2], sizes[2])
     plain = not len(bits) and kv_lens is None and q.shape[1] == k.shape[1]
     return full and plain and square and q.device.type == "cpu"
 
@@ -902,7 +907,7 @@ def ranges(index, own, other, lo, hi, back):
 
 
 def ranges_both(layout, T, Sq, Sk, causal):
-    (forth, back, bits), Qt, Kt, shift = split(layout), -(-Sq // T), -(-Sk // T), Sk - Sq
+    (forth, back, bits), Qt, Kt, shift = split(layout), cdiv(Sq, T), cdiv(Sk, T), Sk - Sq
     i, j = (torch.arange(n, device=bits.device) * T for n in (Qt, Kt))
     lo, hi = torch.full_like(i, Sk // T), torch.full_like(i, Kt)
     back_lo, back_hi = torch.zeros_like(j), torch.where(j + T > Sk, Qt, 0)
@@ -984,7 +989,7 @@ def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     (B, H, Sq, _), T = q.shape, sizes[3]
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accurate(q))
     forth, _, size, C = triton_setup(q, k, layout, sizes, kv_lens, scale, causal)
-    inputs, rows = (strided_rows(x) for x in (q, k, v)), B * H * -(-Sq // T)
+    inputs, rows = (strided_rows(x) for x in (q, k, v)), B * H * cdiv(Sq, T)
     launch(forward_kernel, FORWARD, lambda tile: (rows * (T // tile["M"]),), q, *inputs, out, lse, forth, size, C=C)
     return out, lse
 
@@ -999,8 +1004,8 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
     inputs = *(strided_rows(x) for x in (q, k, v, do)), lse, delta
     options = {"D": C.D, "DP": C.DP, "M": 64, "ACC": C.ACC, "num_stages": 1, "enable_fp_fusion": True}
     with torch.cuda.device_of(q):
-        delta_kernel[(B * H * -(-Sq // 64),)](out, inputs[3], dlse.contiguous(), delta, H, Sq, **options)
-    rows, columns = B * H * -(-Sq // T), B * K * -(-Sk // T)
+        delta_kernel[(B * H * cdiv(Sq, 64),)](out, inputs[3], dlse.contiguous(), delta, H, Sq, **options)
+    rows, columns = B * H * cdiv(Sq, T), B * K * cdiv(Sk, T)
     args, options = (*inputs, dk, dv, back, size), {"C": C, "RAGGED": Sq % T > 0}
     launch(dkdv_kernel, DKDV, lambda tile: (columns * (T // tile["N"]),), q, *args, **options)
     launch(dq_kernel, DQ, lambda tile: (rows * (T // tile["M"]),), q, *inputs, dq, forth, size, C=C)
@@ -1136,7 +1141,7 @@ def check(q, k, v, layout, kv_lens, scale, backend):
     require(q.device == k.device == v.device == layout.device, lambda: f"all must be on one device: {devices()}")
     b, Qb, Kb, lead = layout.block_size, layout.Qb, layout.Kb, (layout.lead_b, layout.lead_h)
     require(
-        Qb == -(-Sq // b) and Kb == -(-Sk // b),
+        Qb == cdiv(Sq, b) and Kb == cdiv(Sk, b),
         lambda: (
             f"layout covers {Qb} x {Kb} blocks of {b}, up to {Qb * b} queries and {Kb * b} keys, "
             f"but q has {Sq} and k has {Sk}"
