@@ -75,6 +75,7 @@ import functools
 import itertools
 import math
 import os
+import statistics
 import sys
 import time
 from collections import namedtuple
@@ -1227,29 +1228,27 @@ def self_check(backend, device, dtype):
         layout = BlockLayout.from_mask(mask, b, elements)
         h, i, j = torch.meshgrid(*(torch.arange(n, device=device) for n in (heads, sq, sk)), indexing="ij")
         live = mask[h, i // b, j // b].expand(2, -1, -1, -1)
-        live = live & rule(0, h, i, j) if elements else live
-        live = live & (j <= i + sk - sq) if is_causal else live
-        lens = None if lens is None else torch.tensor(lens, device=device)
-        live = live if lens is None else live & (j < lens[:, None, None, None])
+        if is_causal:
+            live = live & (j <= i + sk - sq)
+        if elements:
+            live = live & elements(0, h, i, j)
+        if lens:
+            lens = torch.tensor(lens, device=device)
+            live = live & (j < lens[:, None, None, None])
         shapes = [(2, heads, sq, dim), (2, kv_heads, sk, dim), (2, kv_heads, sk, dim), (2, heads, sq, dim)]
         q, k, v, do = (torch.randn(s, device=device).to(dtype) for s in shapes)
 
-        def values(function, kind):
+        def values(function, kind, *given, **options):
             x = [y.detach().to(kind).requires_grad_() for y in (q, k, v)]
-            out, lse = function(*x)
+            out, lse = function(*x, *given, **options)
             lse = lse.masked_fill(lse == -math.inf, 0)
             total = (out * do.to(kind)).sum() + lse.sum()
             return [y.double() for y in (out, lse, *torch.autograd.grad(total, x))]
 
-        def run(q, k, v):
-            options = {"causal": is_causal, "kv_lens": lens, "scale": scale, "backend": backend}
-            return blocksparse_attention(q, k, v, layout, return_lse=True, **options)
-
-        def dense_run(q, k, v):
-            return dense_attention(q, k, v, live, dim**-0.5 if scale is None else scale)
-
-        exact, ours, naive = values(dense_run, torch.float64), values(run, dtype), values(dense_run, dtype)
-        for e, o, n in zip(exact, ours, naive):
+        options = {"causal": is_causal, "kv_lens": lens, "scale": scale, "backend": backend, "return_lse": True}
+        ours = values(blocksparse_attention, dtype, layout, **options)
+        naive, exact = (values(dense_attention, kind, live, scale or dim**-0.5) for kind in (dtype, torch.float64))
+        for o, n, e in zip(ours, naive, exact):
             slack = 1e-10 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-3
             allowed = 2 * (n - e).abs().max() * (dtype.itemsize == 2) + slack * e.abs().max()
             errors.append((o - e).abs().max() / allowed)
@@ -1258,15 +1257,17 @@ def self_check(backend, device, dtype):
 
 def seconds(contenders, repeats, device):
     """The least time of each function, all of them in turn, after one call that counts for nothing."""
-    best = [math.inf] * len(contenders)
-    for repeat in range(repeats + 1):
-        for n, contender in enumerate(contenders):
-            device.type == "cuda" and torch.cuda.synchronize(device)
-            begin = time.perf_counter()
-            contender()
-            device.type == "cuda" and torch.cuda.synchronize(device)
-            best[n] = min(best[n], time.perf_counter() - begin) if repeat else math.inf
-    return best
+    synchronize = getattr(torch, device.type).synchronize  # that of torch.cpu does nothing
+
+    def timed(contender):
+        synchronize(device)
+        begin = time.perf_counter()
+        contender()
+        synchronize(device)
+        return time.perf_counter() - begin
+
+    times = [[timed(contender) for contender in contenders] for _ in range(repeats + 1)]
+    return [min(own) for own in zip(*times[1:])]
 
 
 def peak(function, device):
@@ -1327,13 +1328,14 @@ def main(args):
         sys.exit(f"error: --output {args.output} must be a .png in a folder that can be written to")
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
-    for backend in ("torch", "triton") if args.check else ():
-        ours = backend == "torch" or (triton is not None and (device.type == "cuda" or INTERPRET))
-        for kind in DTYPES[: 4 - (backend == "triton" and not INTERPRET)] if ours else ():  # no float64
-            worst = self_check(backend, device, kind)
-            print(f"check: {backend}, {str(kind)[6:]}: largest error {worst:.2f} of what is allowed")
-            if not worst <= 1:
-                sys.exit("error: block-sparse attention differs from dense attention")
+    checks = [("torch", kind) for kind in DTYPES] if args.check else []
+    if args.check and triton and (device.type == "cuda" or INTERPRET):
+        checks += [("triton", kind) for kind in DTYPES if INTERPRET or kind != torch.float64]
+    for backend, kind in checks:
+        worst = self_check(backend, device, kind)
+        print(f"check: {backend}, {str(kind)[6:]}: largest error {worst:.2f} of what is allowed")
+        if not worst <= 1:
+            sys.exit("error: block-sparse attention differs from dense attention")
 
     q, do = (torch.randn(B, H, S, D, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(B, K, S, D, device=device, dtype=dtype) for _ in range(2))
@@ -1352,9 +1354,8 @@ def main(args):
                 ("prefix-lm", prefix_lm(S, S, b, S // 4), False),
             ]
     x = [y.requires_grad_() for y in (q, k, v)]
-
-    def sdpa():
-        return F.scaled_dot_product_attention(*x, enable_gqa=H != K)
+    for_flex = x if device.type == "cuda" else [y.detach() for y in x]  # it has no gradients on a CPU
+    sdpa = functools.partial(F.scaled_dot_product_attention, *x, enable_gqa=H != K)
 
     def trained(forward):
         return lambda: torch.autograd.grad(forward(), x, do)
@@ -1372,28 +1373,19 @@ def main(args):
     head = f"{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'x flex':>8}"
     print(f"{'layout':<16}{'density':>8} " + head + (head + f"{'peak MB':>9}" if args.backward else ""))
     for label, layout, is_causal in layouts:
-        flops = 4 * B * H * S * S * D * layout.density
-        line, density = f"{label:<16}{layout.density:>8.3f} ", layout.density
-
-        def ours():
-            return blocksparse_attention(*x, layout, causal=is_causal, backend=args.backend)
-
+        density = layout.density
+        flops, line = 4 * B * H * S * S * D * density, f"{label:<16}{density:>8.3f} "
+        ours = functools.partial(blocksparse_attention, *x, layout, causal=is_causal, backend=args.backend)
         contenders = [ours, sdpa]
         if flex:
             try:
                 mask = flex_mask(layout, S, is_causal)
-                detached = x if device.type == "cuda" else [y.detach() for y in x]  # no gradients on a CPU
-
-                def flexed():
-                    return flex(*detached, block_mask=mask, enable_gqa=H != K)
-
+                flexed = functools.partial(flex, *for_flex, block_mask=mask, enable_gqa=H != K)
                 (trained(flexed) if args.backward and device.type == "cuda" else flexed)()
                 contenders.append(flexed)
             except Exception as error:  # whatever it cannot compile
-                print(
-                    f"FlexAttention does not run {label}: {(str(error) or repr(error)).splitlines()[0][:80]}",
-                    file=sys.stderr,
-                )
+                reason = (str(error) or repr(error)).splitlines()[0][:80]
+                print(f"FlexAttention does not run {label}: {reason}", file=sys.stderr)
         for backward in [False, True][: 1 + args.backward]:
             run = [trained(c) for c in contenders[: 2 if device.type == "cpu" else 3]] if backward else contenders
             with torch.set_grad_enabled(backward):
@@ -1404,9 +1396,8 @@ def main(args):
             points.append((backward, label.startswith("random"), density, t, against))
         print(line + (f"{peak(trained(ours), device) / 2**20:>9.0f}" if args.backward else ""), flush=True)
     for label, some in zip(("forward", "with backward"), ratios):
-        some and print(
-            f"against FlexAttention, {label}: geometric mean {math.exp(sum(map(math.log, some)) / len(some)):.2f}"
-        )
+        if some:
+            print(f"against FlexAttention, {label}: geometric mean {statistics.geometric_mean(some):.2f}")
     if args.output:
         draw(points, args.output, title)
         print(f"\nwrote {args.output}")
@@ -1428,7 +1419,8 @@ def draw(points, path, title):
         ax.axhline(full, color="black", linewidth=1, label="dense SDPA")
         for drawn, label, style in ((True, "random", "o-"), (False, "other layouts", "x")):
             some = sorted((d, t * 1e3) for r, d, t, _ in mine if r == drawn)
-            some and ax.plot(*zip(*some), style, label=label)
+            if some:
+                ax.plot(*zip(*some), style, label=label)
         ax.set(xlabel="density", ylabel="ms", xlim=(0, 1.02), title="forward + backward" if backward else "forward")
         ax.set_ylim(bottom=0)
         ax.legend(frameon=False)
