@@ -1110,36 +1110,27 @@ def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=
 def check(q, k, v, layout, kv_lens, scale, backend):
     """Refuse bad input before any kernel starts; returns the backend that auto stands for."""
 
-    def require(holds, message, error=ValueError):
-        if not holds:  # only then is the message made: torch.compile cannot make one of sizes that vary
-            raise error(f"blocksparse_attention: {message()}")
+    def require(holds, message, show=None, error=ValueError):
+        if not holds:  # only then is a message made of sizes: torch.compile cannot make one of those that vary
+            message = message if isinstance(message, str) else message()
+            given = ", ".join(f"{name} {show(x)}" for name, x in zip("qkv", (q, k, v))) if show else ""
+            raise error(f"blocksparse_attention: {message}{given}")
 
-    def given(what):
-        return ", ".join(f"{name} {what(x)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    def shape(x):
+        return list(x.shape)
 
-    def kinds():
-        return given(lambda x: type(x).__name__)
-
-    def shapes():
-        return given(lambda x: list(x.shape))
-
-    def dtypes():
-        return given(lambda x: x.dtype)
-
-    def devices():
-        return f"{given(lambda x: x.device)}, layout {layout.device}"
-
-    require(all(isinstance(x, Tensor) for x in (q, k, v)), lambda: f"q, k and v must be tensors: {kinds()}")
-    require(q.dim() == k.dim() == v.dim() == 4, lambda: f"q, k and v must be [batch, heads, length, size]: {shapes()}")
+    require(all(isinstance(x, Tensor) for x in (q, k, v)), "q, k and v must be tensors: ", lambda x: type(x).__name__)
+    require(q.dim() == k.dim() == v.dim() == 4, "q, k and v must be [batch, heads, length, size]: ", shape)
     (B, H, Sq, D), (_, K, Sk, _) = q.shape, k.shape
-    require(k.shape == v.shape, lambda: f"k and v must have one shape: {shapes()}")
-    require(q.numel() and k.numel(), lambda: f"no dimension may be 0: {shapes()}")
-    require(k.shape[0] == B and k.shape[3] == D, lambda: f"q and k must have one batch and one head size: {shapes()}")
-    require(H % K == 0, lambda: f"the {H} heads of q must be a multiple of the {K} of k: {shapes()}")
-    require(q.dtype == k.dtype == v.dtype, lambda: f"q, k and v must have one dtype: {dtypes()}")
-    require(q.dtype in DTYPES, lambda: f"q, k and v must be float16, bfloat16, float32 or float64: {dtypes()}")
+    require(k.shape == v.shape, "k and v must have one shape: ", shape)
+    require(q.numel() and k.numel(), "no dimension may be 0: ", shape)
+    require(k.shape[0] == B and k.shape[3] == D, "q and k must have one batch and one head size: ", shape)
+    require(H % K == 0, lambda: f"the {H} heads of q must be a multiple of the {K} of k: ", shape)
+    require(q.dtype == k.dtype == v.dtype, "q, k and v must have one dtype: ", lambda x: x.dtype)
+    require(q.dtype in DTYPES, "q, k and v must be float16, bfloat16, float32 or float64: ", lambda x: x.dtype)
     require(isinstance(layout, BlockLayout), lambda: f"layout must be a BlockLayout: it is {type(layout).__name__}")
-    require(q.device == k.device == v.device == layout.device, lambda: f"all must be on one device: {devices()}")
+    one = q.device == k.device == v.device == layout.device
+    require(one, lambda: f"layout {layout.device}, q, k and v must be on one device: ", lambda x: x.device)
     b, Qb, Kb, lead = layout.block_size, layout.Qb, layout.Kb, (layout.lead_b, layout.lead_h)
     require(
         Qb == cdiv(Sq, b) and Kb == cdiv(Sk, b),
@@ -1150,7 +1141,8 @@ def check(q, k, v, layout, kv_lens, scale, backend):
     )
     require(
         lead[0] in (1, B) and lead[1] in (1, H),
-        lambda: f"layout has batch and heads {lead[0]} and {lead[1]}, each must be 1 or that of q: {shapes()}",
+        lambda: f"layout has batch and heads {lead[0]} and {lead[1]}, each must be 1 or that of q: ",
+        shape,
     )
     if kv_lens is not None:
         integer = isinstance(kv_lens, Tensor) and kv_lens.dtype in (torch.int32, torch.int64)
@@ -1161,20 +1153,17 @@ def check(q, k, v, layout, kv_lens, scale, backend):
     require(scale is None or math.isfinite(scale), lambda: f"scale must be finite: it is {scale}")
     tangents = (torch.autograd.forward_ad.unpack_dual(x).tangent for x in (q, k, v))
     forward = "there is no forward mode: use torch.autograd.functional.jvp"  # of which zeros would come back
-    require(all(tangent is None for tangent in tangents), lambda: forward, RuntimeError)
+    require(all(tangent is None for tangent in tangents), forward, error=RuntimeError)
     require(backend in ("auto", "torch", "triton"), lambda: f"backend must be auto, torch or triton: it is {backend!r}")
     fits = D <= 256 and (q.dtype != torch.float64 or INTERPRET)
     if backend == "auto":
         return "triton" if triton and q.is_cuda and fits else "torch"
     if backend == "triton":
-        start = "TRITON_INTERPRET=1 from the start of the process"
-        require(triton, lambda: "backend='triton' needs Triton: pip install triton", RuntimeError)
-        require(
-            q.is_cuda or INTERPRET,
-            lambda: f"backend='triton' needs a GPU, or {start}: q is on {q.device}",
-            RuntimeError,
-        )
-        require(fits, lambda: f"backend='triton' takes head sizes up to 256, and no float64: {shapes()}, {q.dtype}")
+        where = "needs a GPU, or TRITON_INTERPRET=1 from the start of the process"
+        require(triton, "backend='triton' needs Triton: pip install triton", error=RuntimeError)
+        require(q.is_cuda or INTERPRET, lambda: f"backend='triton' {where}: q is on {q.device}", error=RuntimeError)
+        takes = "backend='triton' takes head sizes up to 256, and no float64: "
+        require(fits, takes, lambda x: f"{list(x.shape)} {x.dtype}")
     return backend
 
 
