@@ -645,9 +645,7 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
 # What they take, in groups. To a kernel, what is in Constants is known when it is compiled.
 Strided = namedtuple("Strided", "data batch head row")  # of [B, H, S, D], the beginning and the strides
 Tiles = namedtuple("Tiles", "lens ranges order idx sub part bits")  # kv_lens, `ranges` below, and one way of a layout
-Sizes = namedtuple(
-    "Sizes", "lay_b lay_h H G Sq Sk scale log2_scale log2_size"
-)  # lay_b, lay_h: strides of the layout, in heads
+Sizes = namedtuple("Sizes", "lay_b lay_h H G Sq Sk scale log2_scale log2_size")  # lay_*: strides in heads, or 0
 Constants = namedtuple("Constants", "T b D DP CAUSAL LENS PART SIGN PRECISION ACC")  # DP: D up to a power of two
 
 
@@ -784,9 +782,9 @@ def forward_kernel(q, k, v, out, lse, tiles, size, C: tl.constexpr, M: tl.conste
             if MASKED or C.LENS:
                 s = tl.where(live, s, float("-inf"))
             largest = tl.maximum(m, tl.max(s, 1) * size.log2_size)
-            m_ = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or C.LENS else largest  # inf - inf is NaN
-            p = tl.exp2(s * size.log2_size - m_[:, None])
-            shrink = tl.exp2(m - m_)
+            finite = tl.where(largest == float("-inf"), 0.0, largest) if MASKED or C.LENS else largest
+            p = tl.exp2(s * size.log2_size - finite[:, None])  # of -inf less -inf it would be NaN
+            shrink = tl.exp2(m - finite)
             total = total * shrink + tl.sum(p, 1)
             acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=C.PRECISION)
             m = largest
@@ -966,7 +964,7 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
         Tiles(lens, at, x.order, x.idx, x.sub, x.part, words)
         for at, x in zip(ranges_both(layout, T, Sq, Sk, causal), both)
     )
-    # In units of log 2 the scale, and for the maximum, as of a positive factor max(s f) = max(s) f, its size and sign.
+    # Of a positive factor f, max(s f) = max(s) f: where a maximum is taken, the sign of the scale goes apart from f.
     sign = (scale > TINY) - (scale < -TINY)
     log2_size = (abs(scale) if sign else 1) * math.log2(math.e)
     lay_b, lay_h = lead_h if lead_b > 1 else 0, int(lead_h > 1)
