@@ -762,20 +762,22 @@ def visible(
 @jit
 def forward_kernel(q, k, v, out, lse, tiles, size, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Online softmax: M queries of one head against their tiles, m the largest score so far in units of log 2."""
+    D: tl.constexpr = C.D
+    DP: tl.constexpr = C.DP
     H, Sq = size.H, size.Sq
     batch, head, row, first, stop = program(tiles, size, M, C, False)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, C.D, C.DP, True)
+    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, D, DP, True)
     keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
-    acc, total, m = tl.zeros([M, C.DP], C.ACC), tl.zeros([M], C.ACC), tl.full([M], float("-inf"), C.ACC)
+    acc, total, m = tl.zeros([M, DP], C.ACC), tl.zeros([M], C.ACC), tl.full([M], float("-inf"), C.ACC)
     for MASKED in tl.static_range(2):  # the whole tiles, then those that need a mask
         span, steps = steps_of(tiles, row, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
             tile, start = place_of(step, span, tiles, C.T, N, MASKED)
             live = visible(i, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0  # no p of 0 may meet the NaN of a key that nobody here sees
-            y = rows_of(keys, start, seen, k.row, N, C.D, C.DP, MASKED or C.LENS)
-            z = rows_of(values, start, seen, v.row, N, C.D, C.DP, MASKED or C.LENS)
+            y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
+            z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
             s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)  # (1)
             if C.SIGN != 1:
                 s = s * C.SIGN
@@ -789,7 +791,7 @@ def forward_kernel(q, k, v, out, lse, tiles, size, C: tl.constexpr, M: tl.conste
             acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None], input_precision=C.PRECISION)
             m = largest
     some = tl.where(total == 0.0, 1.0, total)
-    put_rows(out + where * C.D, acc / some[:, None], first, Sq, M, C.D, C.DP)  # (3)
+    put_rows(out + where * D, acc / some[:, None], first, Sq, M, D, DP)  # (3)
     log_sum = tl.where(total == 0.0, float("-inf"), (m + tl.log2(some)) * 0.6931471805599453)  # (2)
     tl.store(lse + where + i, log_sum, mask=i < Sq)
 
@@ -820,29 +822,31 @@ def saved(lse, delta, i, Sq, MASKED: tl.constexpr):
 @jit
 def dq_kernel(q, k, v, do, lse, delta, dq, tiles, size, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """The gradient of M queries, over the same tiles as forward."""
+    D: tl.constexpr = C.D
+    DP: tl.constexpr = C.DP
     H, Sq = size.H, size.Sq
     batch, head, row, first, stop = program(tiles, size, M, C, False)
     i, where = first + tl.arange(0, M), (batch * H + head).to(tl.int64) * Sq
-    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, C.D, C.DP, True)
-    g = rows_of(head_of(do, batch, head), first, i < Sq, do.row, M, C.D, C.DP, True)
+    x = rows_of(head_of(q, batch, head), first, i < Sq, q.row, M, D, DP, True)
+    g = rows_of(head_of(do, batch, head), first, i < Sq, do.row, M, D, DP, True)
     ends, d = saved(lse + where, delta + where, i, Sq, True)
     keys, values = head_of(k, batch, head // size.G), head_of(v, batch, head // size.G)
-    acc = tl.zeros([M, C.DP], C.ACC)
+    acc = tl.zeros([M, DP], C.ACC)
     for MASKED in tl.static_range(2):
         span, steps = steps_of(tiles, row, stop, C.T, N, MASKED, C.LENS)
         for step in range(0, steps):
             tile, start = place_of(step, span, tiles, C.T, N, MASKED)
             live = visible(i, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0
-            y = rows_of(keys, start, seen, k.row, N, C.D, C.DP, MASKED or C.LENS)
-            z = rows_of(values, start, seen, v.row, N, C.D, C.DP, MASKED or C.LENS)
+            y = rows_of(keys, start, seen, k.row, N, D, DP, MASKED or C.LENS)
+            z = rows_of(values, start, seen, v.row, N, D, DP, MASKED or C.LENS)
             s = tl.dot(x, tl.trans(y), input_precision=C.PRECISION)
             p = tl.exp2(s * size.log2_scale - ends[:, None])  # (4)
             ds = p * (tl.dot(g, tl.trans(z), input_precision=C.PRECISION) - d[:, None])  # (6)
             if MASKED or C.LENS:
                 ds = tl.where(live, ds, 0.0)
             acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=C.PRECISION)
-    put_rows(dq + where * C.D, acc * size.scale, first, Sq, M, C.D, C.DP)  # (8)
+    put_rows(dq + where * D, acc * size.scale, first, Sq, M, D, DP)  # (8)
 
 
 @jit
@@ -851,13 +855,15 @@ def dkdv_kernel(
     C: tl.constexpr, RAGGED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of N keys and values of one key head, over the tiles of all the query heads that it serves."""
+    D: tl.constexpr = C.D
+    DP: tl.constexpr = C.DP
     H, G, Sq, Sk = size.H, size.G, size.Sq, size.Sk
     batch, head, row, first, stop = program(tiles, size, N, C, True)
-    j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * C.D
+    j, where = (first + tl.arange(0, N))[:, None], (batch * (H // G) + head).to(tl.int64) * Sk * D
     some = first + tl.arange(0, N) < stop
-    y = rows_of(head_of(k, batch, head), first, some, k.row, N, C.D, C.DP, True)
-    z = rows_of(head_of(v, batch, head), first, some, v.row, N, C.D, C.DP, True)
-    acc_k, acc_v = tl.zeros([N, C.DP], C.ACC), tl.zeros([N, C.DP], C.ACC)
+    y = rows_of(head_of(k, batch, head), first, some, k.row, N, D, DP, True)
+    z = rows_of(head_of(v, batch, head), first, some, v.row, N, D, DP, True)
+    acc_k, acc_v = tl.zeros([N, DP], C.ACC), tl.zeros([N, DP], C.ACC)
     for one in range(0, G):
         h = head * G + one
         queries, gradients = head_of(q, batch, h), head_of(do, batch, h)
@@ -874,8 +880,8 @@ def dkdv_kernel(
                 if MASKED:
                     live = visible(i, first, tile, stop, tiles, size, N, C, True, True)
                     sees = tl.max(live.to(tl.int32), 0) > 0  # nor the NaN of a query that sees nothing
-                x = rows_of(queries, start, sees, q.row, M, C.D, C.DP, MASKED or RAGGED)
-                g = rows_of(gradients, start, sees, do.row, M, C.D, C.DP, MASKED or RAGGED)
+                x = rows_of(queries, start, sees, q.row, M, D, DP, MASKED or RAGGED)
+                g = rows_of(gradients, start, sees, do.row, M, D, DP, MASKED or RAGGED)
                 ends, d = saved(lse + of_head, delta + of_head, i, Sq, MASKED or RAGGED)
                 s = tl.dot(y, tl.trans(x), input_precision=C.PRECISION)  # [keys, queries]
                 p = tl.exp2(s * size.log2_scale - ends[None, :])  # (4)
@@ -885,8 +891,8 @@ def dkdv_kernel(
                     ds = tl.where(live, ds, 0.0)
                 acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=C.PRECISION)
                 acc_k = tl.dot(ds.to(x.dtype), x, acc_k, input_precision=C.PRECISION)
-    put_rows(dk + where, tl.where(j < stop, acc_k * size.scale, 0.0), first, Sk, N, C.D, C.DP)  # (9)
-    put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, C.D, C.DP)  # (7)
+    put_rows(dk + where, tl.where(j < stop, acc_k * size.scale, 0.0), first, Sk, N, D, DP)  # (9)
+    put_rows(dv + where, tl.where(j < stop, acc_v, 0.0), first, Sk, N, D, DP)  # (7)
 
 
 def ranges(index, own, other, lo, hi, back):
