@@ -42,10 +42,10 @@ What matters beyond the equations:
     follows, as in DDPG, where the paper copies now and then: news of a reward goes back one step per pass through the
     target, so 1 / (1 - gamma) steps take that many passes.
  4. Q is the network's output times 1 / (1 - gamma), at most 1000, the return of endless rewards of 1: the weights stay
-    small, and (4) is square up to such an error, where the paper clips at 1.
+    small, and (4) is square up to such an error, where the paper clips at 1. What counts as 1, in (2), is the mean size
+    of the rewards other than 0 that came before learning starts.
  5. Hidden layers are normalised, which helps to keep (2) from diverging (Gallici et al.), and the learning rate falls
-    to 0 over the run. In the end Q is 116 to 136 on CartPole-v1, where 100 is the most that can be had, and its two
-    actions differ by 0.4 to 1.2 in the median: where a policy still fails, the cart drifts off the track.
+    to 0 over the run.
  6. Observations are vectors, for an MLP: the papers' are frames, for convolutions, with rewards clipped to +-1, and
     (6) has hidden layers of its own for V and for A.
  7. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step. Those
@@ -205,14 +205,6 @@ def critic_loss(q, y, delta):
     return nn.functional.huber_loss(q, y, delta=delta)
 
 
-def descend(optimizer, loss):
-    """One step of `optimizer`."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = gradient
-    optimizer.step()
-
-
 class Agent(nn.Module):
     """All that learns."""
 
@@ -220,6 +212,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.columns = args, (obs_dim, 1, 1, 1, obs_dim)  # of a batch
         self.horizon = 1 / max(1 - args.gamma, 1e-3)  # the return of rewards of 1, at most 1000
+        self.register_buffer("unit", torch.ones(()))  # what Q counts as a reward of 1
         flags = args.hidden, args.activation, args.dueling, args.layer_norm
         critic = partial(QNetwork, obs_dim, actions, *flags, self.horizon)
         self.critic, self.target = critic(), critic().requires_grad_(False)
@@ -235,11 +228,15 @@ class Agent(nn.Module):
         with torch.no_grad():
             next_q = self.target(next_obs)  # [B, A]
             choice = (self.critic(next_obs) if self.args.double else next_q).argmax(-1, keepdim=True)  # [B, 1]
-            y = q_target(reward[:, 0], terminated[:, 0], next_q.gather(-1, choice)[:, 0], self.args.gamma)  # (2), (3)
+            next_q, reward = next_q.gather(-1, choice), reward / self.unit
+            y = q_target(reward[:, 0], terminated[:, 0], next_q[:, 0], self.args.gamma)  # (2), (3)
         q = self.critic(obs).gather(-1, action.long())[:, 0]  # [B]
         loss = critic_loss(q, y, self.horizon)
-        descend(self.optimizer, loss)  # (4)
-        return {"loss/critic": loss.detach(), "value/mean": q.detach().mean()}
+        parameters = [*self.critic.parameters()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        self.optimizer.step()  # (4)
+        return {"loss/critic": loss.detach(), "value/mean": q.detach().mean() * self.unit}
 
     @torch.no_grad()
     def move_target(self):
@@ -598,6 +595,9 @@ def train(args):
         # Learn, and move the target, each in its own rhythm of steps.
         rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step if args.anneal_lr else 0)
         learnt = [max(0, t - args.learning_starts) for t in (step - n, step)]
+        if learnt[0] == 0 < learnt[1]:
+            rewards = memory[:step, agent.columns[0] + 1]
+            agent.unit.fill_(rewards[rewards != 0].abs().mean().nan_to_num(1.0))  # 1 without any
         for _ in range(*(t // args.train_frequency for t in learnt)):
             group["lr"] = group["lr"].to(device).fill_(rate)  # a checkpoint leaves it on the CPU
             index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)

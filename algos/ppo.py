@@ -194,10 +194,10 @@ class Actor(nn.Module):
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((act_dim,), -0.5))
             low, high = torch.tensor(low), torch.tensor(high)
-            bounded = (high - low).isfinite()  # other actions are taken as they are
+            bounded = (high - low).isfinite()  # other actions are taken as they are, but begin within their bound
             self.register_buffer("low", low)
             self.register_buffer("high", high)
-            self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
+            self.register_buffer("center", torch.where(bounded, (low + high) / 2, low.clamp(0).minimum(high)))
             self.register_buffer("width", torch.where(bounded, (high - low) / 2, 1.0))
 
     def forward(self, obs):
@@ -290,8 +290,7 @@ class Agent(nn.Module):
         """A rollout, [T, N] or [T, N, .] each -> rows (s, a, log pi(a | s), A, R) [T, N, O + A + 3]."""
         obs, next_obs = self.actor.normalize(obs), self.actor.normalize(next_obs)
         value = self.value(obs)
-        if self.args.norm_reward:
-            reward = (reward / self.returns.std).clamp(-10, 10)
+        reward = reward / self.returns.std if self.args.norm_reward else reward
         next_value, (gamma, gae_lambda) = self.value(next_obs), (self.args.gamma, self.args.gae_lambda)
         advantage = gae(reward, value, next_value, terminated, ended, gamma, gae_lambda)
         log_prob = self.log_prob(self.actor(obs), action)
@@ -707,10 +706,9 @@ def train(args):
     above_0 = "num_steps update_epochs num_minibatches learning_rate clip_coef max_grad_norm target_kl hidden"
     if RANKS > 1 and args.compile:
         sys.exit("error: --compile is for one process, since it cannot compile what ranks exchange: leave it out")
-    place = args.device
-    if RANKS > 1 and place == "auto":  # a GPU for each, or none
-        place = "cuda" if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", RANKS)) else "cpu"
-    if RANKS > 1 and place == "cuda" and torch.cuda.is_available():
+    fits = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", RANKS))  # a GPU for each rank
+    place = "cpu" if RANKS > 1 and args.device == "auto" and not fits else args.device
+    if RANKS > 1 and place in ("auto", "cuda") and torch.cuda.is_available():
         place = f"cuda:{os.environ['LOCAL_RANK']}"
     if RANKS > 1 and not distributed.is_initialized():
         backend = "nccl" if place.startswith("cuda") else "gloo"

@@ -140,12 +140,24 @@ def squarely(probe, action):
     return 1 - (float(action) - 2) ** 2 if np.ndim(action) == 0 else 1 - (float(action[0]) - 0.5) ** 2
 
 
+def offset(probe, action):
+    """A thousand times further from 0 than its spread."""
+    return 1000 + squarely(probe, action)
+
+
+def large(probe, action):
+    return 2.0**12 * squarely(probe, action)
+
+
 BOX, PAIR = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
 for name, make in {
     "Constant": Probe,
     "Observed": partial(Probe, reward=lambda probe, action: float(probe.draw)),
     "Delayed": partial(Probe, length=2, reward=delayed),
     "Acted": partial(Probe, reward=squarely),
+    "Offset": partial(Probe, reward=offset),
+    "Large": partial(Probe, reward=large),
+    "Above": partial(Probe, low=5.0, high=np.inf, reward=near(7.0)),
     "Free": partial(Probe, length=5, low=-np.inf, high=np.inf),
     "Unit": partial(Probe, low=-1.0, high=1.0, reward=partial(relatively, 1.0)),
     "Narrow": partial(Probe, low=-(2.0**-6), high=2.0**-6, reward=partial(relatively, 2.0**-6)),

@@ -48,7 +48,7 @@ class Trained:
         if self.algo in LONGER:
             return self.agent.value(self.agent.actor.normalize(obs)).item()
         if self.algo == "dqn":
-            return self.agent.critic(obs).max().item()
+            return self.agent.critic(obs).max().item() * self.agent.unit.item()
         action = torch.from_numpy(self.policy(obs.numpy()))
         box = self.agent.actor.low, self.agent.actor.high
         return self.module.q_values(self.agent.critic, obs, action, *box).mean().item()
@@ -134,6 +134,28 @@ def test_a_policy_is_learnt_alike_in_any_units(path, tmp_path):
         for name, weights in runs[0].state["agent"].items():
             assert name in BOUNDS or weights.equal(run.state["agent"][name]), name
     assert all(run.result["loss/critic"] == runs[0].result["loss/critic"] for run in runs)
+
+
+def test_dqn_learns_alike_from_rewards_of_any_size(tmp_path):
+    runs = [Trained(ROOT / "algos" / "dqn.py", tmp_path / env, env, gamma=0.9) for env in ("Acted", "Large")]
+    for name, weights in runs[0].state["agent"].items():
+        assert (weights * (2**12 if name == "unit" else 1)).equal(runs[1].state["agent"][name]), name
+    assert runs[0].result["loss/critic"] == runs[1].result["loss/critic"]
+    assert runs[0].result["value/mean"] * 2**12 == runs[1].result["value/mean"]
+
+
+@pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
+def test_rewards_far_from_zero(path, tmp_path):
+    """They differ by a thousandth of their size, of which a bound would leave nothing."""
+    run = Trained(path, tmp_path, "Offset", gamma=0.9, norm_reward=True)
+    assert run.policy(np.array([0.0, 1.0]))[0] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("path", ON_POLICY, ids=lambda path: path.stem)
+def test_a_box_that_has_one_bound(path, tmp_path):
+    """And 0 outside of it: actions begin at the bound."""
+    run = Trained(path, tmp_path, "Above", gamma=0.9)
+    assert run.policy(np.array([0.0, 1.0]))[0] == pytest.approx(7, abs=0.3)
 
 
 def test_observations_outlive_the_steps_of_other_environments(sac):
