@@ -87,6 +87,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -98,6 +99,7 @@ jit = triton.jit if triton else lambda kernel: kernel
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU, in numpy
 BLOCKS = (8, 16, 32, 64, 128)
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+LOG2_E = math.log2(math.e)
 TINY = 1.2e-38  # what float32 may flush to 0
 CHUNK = 2**17  # scores that the PyTorch path holds at a time for each thread, unless one row has more
 
@@ -417,7 +419,26 @@ def prefix_lm(sq, sk, block_size, prefix, device=None):
 
 
 # ==== the PyTorch path ================================================================================================
-def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
+def remembered(function):
+    """A function of a layout's tensors and of numbers, whose last two results are kept as long as the layout is."""
+    known = WeakTensorKeyDictionary()
+
+    @functools.wraps(function)
+    def wrapper(layout, *args):
+        if any(isinstance(x, Tensor) for x in args) or (layout[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return function(layout, *args)  # which other calls, or those that are not in the graph, cannot use
+        results = known.setdefault(layout[0], {})
+        if args not in results:
+            while len(results) > 1:
+                del results[next(iter(results))]
+            results[args] = function(layout, *args)
+        return results[args]
+
+    return wrapper
+
+
+@remembered
+def chunks(layout, sizes, q_shape, k_shape, kv_lens, causal, by_key, threads):
     """Rows of query blocks, or of key blocks, in groups of equally many blocks, and these in chunks.
 
     Returns the order of the rows [rows], the most blocks in a chunk, and the groups: their slice of the order, the
@@ -425,18 +446,18 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     blocks [R n], as numbers of blocks of k or of q, and what is hidden [R, b, t b] in the last t blocks of each row,
     or None where t is 0: only blocks that need a mask are there, or whole ones to fill up.
     """
-    (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q.shape, k.shape[1:3], sizes
+    (B, H, Sq, _), (K, Sk), (lead_b, lead_h, b, _) = q_shape, k_shape[1:3], sizes
     forth, back, bits = split(layout)
     seg, idx, _, _, part, _ = back if by_key else forth
-    Qb, Kb, shift = cdiv(Sq, b), cdiv(Sk, b), Sk - Sq
-    own, arange = Kb if by_key else Qb, torch.arange(b, device=q.device)
+    Qb, Kb, shift, device = cdiv(Sq, b), cdiv(Sk, b), Sk - Sq, seg.device
+    own, arange = Kb if by_key else Qb, torch.arange(b, device=device)
 
     # Every live block: row, entry of the layout, block of queries i, block of keys j, where the keys end.
     ends = seg[::2].long()
     first, last = (x.view(lead_b, lead_h, own).expand(B, H, own).flatten() for x in (ends[:-1], ends[1:]))
     count = last - first
-    row = torch.arange(B * H * own, device=q.device).repeat_interleave(count)
-    entry = torch.arange(len(row), device=q.device) + (last - count.cumsum(0))[row]
+    row = torch.arange(B * H * own, device=device).repeat_interleave(count)
+    entry = torch.arange(len(row), device=device) + (last - count.cumsum(0))[row]
     head, i, j = row // own, row % own, idx[entry].long()
     i, j = (j, i) if by_key else (i, j)
     stop = torch.full_like(row, Sk) if kv_lens is None else kv_lens.clamp(0, Sk).long()[head // H]
@@ -459,10 +480,10 @@ def chunks(layout, sizes, q, k, kv_lens, causal, by_key):
     by_row = (order.argsort()[row] * 2 + partial).argsort(stable=True)
     block, entry, i, j, stop = (x[by_row] for x in (block, entry, i, j, stop))
     numbers, groups = (x.tolist() for x in count[order].unique_consecutive(return_counts=True))
-    tails, threads = tail[order].tolist(), torch.get_num_threads()
+    tails = tail[order].tolist()
 
     def hidden_in(blocks, n, t):
-        late = torch.arange(blocks.start, blocks.stop, device=q.device).view(-1, n)[:, n - t :]
+        late = torch.arange(blocks.start, blocks.stop, device=device).view(-1, n)[:, n - t :]
         query, key = i[late][..., None, None] * b + arange[:, None], j[late][..., None, None] * b + arange
         mask = (query < Sq) & (key < stop[late][..., None, None])  # [R, t, b of queries, b of keys]
         if causal:
@@ -531,7 +552,9 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out.contiguous(), lse.contiguous()
     Q, K, V = (to_blocks(x, b) for x in (q, k, v))
-    order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
+    order, most, groups = chunks(
+        layout, tuple(sizes), q.shape, k.shape, kv_lens, causal, False, torch.get_num_threads()
+    )
     gathered, scores = (Q.new_empty(shape, dtype=dtype) for shape in ((most, b, D), (most * b * b,)))
     out, m, total = torch.empty_like(Q), *(Q.new_full(Q.shape[:2], x, dtype=dtype) for x in (-math.inf, 1))
 
@@ -547,7 +570,7 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
             if large or hidden is not None:
                 peak = torch.amax(s, -1, out=M[at])
                 s.sub_(peak.masked_fill(peak == -math.inf, 0)[..., None])
-            torch.sum(s.exp_(), -1, out=T[at])
+            torch.sum(s.mul_(LOG2_E).exp2_(), -1, out=T[at])
             if hidden is not None:
                 T[at].masked_fill_(peak == -math.inf, 1)  # a query that sees nothing
             take(V, blocks, gathered)  # into y
@@ -580,9 +603,9 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
     empty = lse == -math.inf
     delta = torch.linalg.vecdot(do.to(dtype), out.to(dtype))  # which needs no buffer for the products
     delta = (delta - dlse).masked_fill_(empty, 0)  # (5), and whatever came for an empty row
-    ends = lse.masked_fill(empty, math.inf)  # exp(s - inf) is 0
-    delta, ends = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (ends, math.inf)))
-    order, most, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=True)
+    less = lse.masked_fill(empty, math.inf) * -LOG2_E  # exp2(s - inf) is 0
+    delta, less = (F.pad(x, (0, -x.shape[2] % b), value=z).view(-1, 1, b) for x, z in ((delta, 0), (less, -math.inf)))
+    order, most, groups = chunks(layout, tuple(sizes), q.shape, k.shape, kv_lens, causal, True, torch.get_num_threads())
     gathered = [Q.new_empty(most, b, D, dtype=dtype) for _ in range(2)]
     scores = [Q.new_empty(most * b * b, dtype=dtype) for _ in range(2)]
     dq, dk, dv = torch.zeros_like(Q, dtype=dtype), torch.empty_like(K), torch.empty_like(V)
@@ -606,7 +629,8 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
                     y.masked_fill_(unseen, 0)
                     z.masked_fill_(unseen, 0)
             p, ds = (u[: R * n * b * b].view(R, b, n * b) for u in scores)  # [R, keys, queries]
-            torch.bmm(y, x.mT, out=p).sub_(ends[blocks].view(R, 1, n * b)).exp_()  # (4)
+            torch.bmm(y, x.mT, out=p)
+            torch.add(less[blocks].view(R, 1, n * b), p, alpha=LOG2_E, out=p).exp2_()  # (4)
             fill_last(p, 2, hidden)
             torch.bmm(z, g.mT, out=ds).sub_(delta[blocks].view(R, 1, n * b)).mul_(p)  # (6)
             torch.bmm(p, g, out=z)  # (7)
@@ -623,7 +647,7 @@ def differentiable(q, k, v, layout, sizes, kv_lens, scale, causal):
     b, D, dtype = sizes[2], q.shape[3], accurate(q)
     Q, K, V = (to_blocks(x, b).to(dtype) for x in (q, k, v))
     out, lse = torch.zeros_like(Q), Q.new_full(Q.shape[:2], -math.inf)
-    order, _, groups = chunks(layout, sizes, q, k, kv_lens, causal, by_key=False)
+    order, _, groups = chunks(layout, tuple(sizes), q.shape, k.shape, kv_lens, causal, False, torch.get_num_threads())
     for span, n, slices in groups:
         for at, blocks, last in slices():
             rows, R = order[span][at], at.stop - at.start
@@ -911,6 +935,7 @@ def ranges(index, own, other, lo, hi, back):
     return torch.stack(parts, -1).int()
 
 
+@remembered
 def ranges_both(layout, T, Sq, Sk, causal):
     (forth, back, bits), Qt, Kt, shift = split(layout), cdiv(Sq, T), cdiv(Sk, T), Sk - Sq
     i, j = (torch.arange(n, device=bits.device) * T for n in (Qt, Kt))
@@ -972,7 +997,7 @@ def triton_setup(q, k, layout, sizes, kv_lens, scale, causal):
     )
     # Of a positive factor f, max(s f) = max(s) f: where a maximum is taken, the sign of the scale goes apart from f.
     sign = (scale > TINY) - (scale < -TINY)
-    log2_size = (abs(scale) if sign else 1) * math.log2(math.e)
+    log2_size = (abs(scale) if sign else 1) * LOG2_E
     lay_b, lay_h = lead_h if lead_b > 1 else 0, int(lead_h > 1)
     size = Sizes(lay_b, lay_h, H, H // K, Sq, Sk, scale, sign * log2_size, log2_size)
     DP, acc = max(16, triton.next_power_of_2(D)), tl.float64 if q.dtype == torch.float64 else tl.float32
@@ -1251,13 +1276,15 @@ def self_check(backend, device, dtype):
 def seconds(contenders, repeats, device):
     """The least time of each function, all of them in turn, after one call that counts for nothing."""
     synchronize = getattr(torch, device.type).synchronize  # that of torch.cpu does nothing
+    calls = 10 if device.type == "cuda" else 1  # queued, so that a GPU need not wait for Python
 
     def timed(contender):
         synchronize(device)
         begin = time.perf_counter()
-        contender()
+        for _ in range(calls):
+            contender()
         synchronize(device)
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / calls
 
     times = [[timed(contender) for contender in contenders] for _ in range(repeats + 1)]
     return [min(own) for own in zip(*times[1:])]
@@ -1289,6 +1316,11 @@ def flex_mask(layout, seq, is_causal):
         cut = cut.view(-1).index_fill_(0, (row * layout.Kb + col)[layout.index.part >= 0], True).view_as(live)
     if is_causal:
         live, cut = live & (j < i[:, None] + b), cut | (j + b > i[:, None] + 1)
+    alive, f = live[0], max(1, 128 // b) if live.is_cuda else 1  # on a GPU it takes no blocks below 128
+    if f > 1:
+        short = (0, -live.shape[3] % f, 0, -live.shape[2] % f)
+        some, full = (F.pad(x, short).unflatten(3, (-1, f)).unflatten(2, (-1, f)) for x in (live, live & ~cut))
+        live, cut = some.any(5).any(3), ~full.all(5).all(3)
 
     def pack_blocks(blocks):
         order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
@@ -1296,10 +1328,11 @@ def flex_mask(layout, seq, is_causal):
 
     def rule(batch, head, query, key):
         allowed = key <= query if is_causal else key >= 0
+        allowed = allowed & alive[head % len(alive), query // b, key // b] if f > 1 else allowed
         return allowed & layout.rule(batch, head, query, key) if layout.rule else allowed
 
     return BlockMask.from_kv_blocks(
-        *pack_blocks(live & cut), *pack_blocks(live & ~cut), BLOCK_SIZE=b, mask_mod=rule, seq_lengths=(seq, seq)
+        *pack_blocks(live & cut), *pack_blocks(live & ~cut), BLOCK_SIZE=b * f, mask_mod=rule, seq_lengths=(seq, seq)
     )
 
 

@@ -231,6 +231,22 @@ def test_logits_far_from_those_of_what_is_not_there(logit, backend):
         compare(backend, layout, live, x, rounded, scale=1.0, **options)
 
 
+def test_a_layout_used_again_for_something_else(backend):
+    """What is known of a layout is of these lengths, this direction and no lengths of keys."""
+    layout = bs.random(128, 128, 32, 0.5, 2, device=DEVICE)
+    for sq, causal, lens in (
+        (100, 0, None),
+        (128, 1, None),
+        (100, 1, None),
+        (100, 0, [30]),
+        (100, 0, [90]),
+        (100, 0, None),
+    ):
+        options = {"causal": bool(causal), "kv_lens": None if lens is None else torch.tensor(lens).to(DEVICE)}
+        live = pairs(layout.to_mask(), 32, sq, 128, 1, **options)
+        compare(backend, layout, live, inputs(1, 2, 2, sq, 128, 16), **options)
+
+
 # ---- what must not leak ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("b", [8, 16, 64])
 def test_nan_in_keys_that_no_query_of_their_head_selects(b, backend):
