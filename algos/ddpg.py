@@ -32,7 +32,8 @@ eval/*, deterministic episodes; speed/sps, environment steps a second since the 
 What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
  2. Noise is in half widths of the box, per dimension, drawn for each environment; the critic sees actions in them as
-    well: so a policy is learnt alike in any units.
+    well: so a policy is learnt alike in any units of actions. Rewards and observations are
+    taken as they are, and should be of the order of 1.
  3. What noise moves is clipped to the bounds of its own dimension.
  4. Noise is white and Gaussian: the correlated noise of the paper brings nothing on today's tasks.
  5. `descend` takes gradients for one network, so (4) does not teach the critic.

@@ -37,7 +37,8 @@ What matters beyond the equations:
  2. The critics are one stacked network; `descend` takes gradients for one network, so (5) does not teach them.
  3. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
  4. (4) is the density in half widths of the box, in which the critics see actions too: so a policy is learnt alike
-    in any units, and a box of any width has room for the target entropy.
+    in any units of actions, and a box of any width has room for the target entropy. Rewards and observations are taken
+    as they are, and should be of the order of 1.
  5. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
 """
 

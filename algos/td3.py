@@ -34,7 +34,8 @@ eval/*, deterministic episodes; speed/sps, environment steps a second since the 
 What matters beyond the equations:
  1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
  2. Noise is in half widths of the box, per dimension, drawn for each sample and environment; critics see actions in
-    them as well: so a policy is learnt alike in any units.
+    them as well: so a policy is learnt alike in any units of actions. Rewards and observations are taken as they
+    are, and should be of the order of 1.
  3. What noise moves is clipped to the bounds of its own dimension, in the target too.
  4. The gradient step's number follows from the step, so a resumed run keeps to the beat of `policy_frequency`.
  5. The critics are one stacked network; `descend` takes gradients for one network, so (4) does not teach them.

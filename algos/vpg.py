@@ -36,7 +36,8 @@ What matters beyond the equations:
  2. Advantages are normalised over the rollout, which makes the learning rate fit any reward.
  3. Observations are normalised by running statistics, which are the policy's and move between rollouts; rewards are
     divided by the running spread of their discounted sum.
- 4. The policy steps first: a value function that had seen the rollout would explain its advantages away.
+ 4. The policy steps first: a value function that had seen the rollout would explain its advantages away. Nothing
+    bounds its step: in a box its mean may run past a bound, where all actions are alike and nothing leads back.
  5. A minibatch takes equally from every environment, so that ranks can share it.
  6. The policy's last layer starts at a hundredth of its size, and its spread in a box at 0.6 half widths, not 1.
  7. A step is one step of one environment, all ranks together; the run is rounded up to whole rollouts.
