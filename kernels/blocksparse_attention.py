@@ -430,11 +430,11 @@ def remembered(function):
     def wrapper(layout, *args):
         if any(isinstance(x, Tensor) for x in args) or (layout[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return function(layout, *args)  # which other calls, or those that are not in the graph, cannot use
-        results = known.setdefault(layout[0], {})
+        results = known.get(layout[0], {})
         if args not in results:
-            while len(results) > 1:
-                del results[next(iter(results))]
-            results[args] = function(layout, *args)
+            with torch.inference_mode(False):  # a later call may want gradients
+                results = dict([*results.items()][-1:]) | {args: function(layout, *args)}
+            known[layout[0]] = results
         return results[args]
 
     return wrapper

@@ -247,6 +247,17 @@ def test_a_layout_used_again_for_something_else(backend):
         compare(backend, layout, live, inputs(1, 2, 2, sq, 128, 16), **options)
 
 
+def test_a_layout_used_without_gradients_before():
+    layout, x = bs.random(64, 64, 32, 0.5, device=DEVICE), inputs(1, 1, 1, 64, 64, 16)
+    options = {"layout": layout, "return_lse": True, "backend": "torch"}
+    with torch.inference_mode():
+        attention(*x[:3], **options)
+    q, k, v = (y.requires_grad_() for y in x[:3])
+    first = torch.autograd.grad(attention(q, k, v, **options), (q, k, v), x[3:], create_graph=True)
+    second = torch.autograd.grad(first, (q, k, v), x[:3])
+    assert all(y.isfinite().all() for y in second)
+
+
 # ---- what must not leak ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("b", [8, 16, 64])
 def test_nan_in_keys_that_no_query_of_their_head_selects(b, backend):
