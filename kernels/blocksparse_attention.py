@@ -422,20 +422,28 @@ def prefix_lm(sq, sk, block_size, prefix, device=None):
 
 
 # ==== the PyTorch path ================================================================================================
+def capturing(x):
+    """Whether a CUDA graph is being captured where x is."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def remembered(function):
-    """A function of a layout's tensors and of numbers, whose last two results are kept as long as the layout is."""
+    """A function of a layout's tensors and of numbers, whose last two results are kept as long as the layout is; on a
+    GPU only those asked for with `keep`."""
     known = WeakTensorKeyDictionary()
 
     @functools.wraps(function)
-    def wrapper(layout, *args):
-        if any(isinstance(x, Tensor) for x in args) or (layout[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    def wrapper(layout, *args, keep=False):
+        if any(isinstance(x, Tensor) for x in args) or capturing(layout[0]):
             return function(layout, *args)  # which other calls, or those that are not in the graph, cannot use
         results = known.get(layout[0], {})
-        if args not in results:
-            with torch.inference_mode(False):  # a later call may want gradients
-                results = dict([*results.items()][-1:]) | {args: function(layout, *args)}
-            known[layout[0]] = results
-        return results[args]
+        if args in results:
+            return results[args]
+        with torch.inference_mode(False):  # a later call may want gradients
+            result = function(layout, *args)
+        if keep or not layout[0].is_cuda:  # an operator on a GPU may be in memory that a graph takes back
+            known[layout[0]] = dict([*results.items()][-1:]) | {args: result}
+        return result
 
     return wrapper
 
@@ -1135,6 +1143,8 @@ def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tensors, tile = (layout.tensors, layout.block_size) if backend == "torch" else (layout.tiles, layout.tile)
     sizes = [layout.lead_b, layout.lead_h, layout.block_size, tile]
+    if backend == "triton" and not (torch.compiler.is_compiling() or capturing(q)):
+        ranges_both(tensors, tile, q.shape[2], k.shape[2], bool(causal), keep=True)
     out, lse = forward_op(q, k, v, tensors, sizes, kv_lens, scale, causal, backend)
     return (out, lse) if return_lse else out
 
