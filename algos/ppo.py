@@ -342,6 +342,8 @@ def start(args, above_0, at_least_0, at_most_1):
             sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
     if args.resume and not args.run_dir:
         sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
+    if getattr(args, "learning_starts", 0) >= args.total_timesteps:
+        print("warning: nothing is learnt: --learning-starts is not below --total-timesteps", file=sys.stderr)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=device).device

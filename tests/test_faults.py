@@ -295,6 +295,14 @@ def test_checkpoints_that_cut_every_episode_are_warned_about(path, tmp_path):
 
 
 @two
+def test_a_run_too_short_to_learn_from_is_warned_about(path, tmp_path):
+    for steps in (200, 201):  # of which 200 are random where there is a memory
+        process = run(path, "--total-timesteps", steps, "--run-dir", tmp_path / str(steps))
+        warned = steps == 200 and path.stem == "sac"
+        assert process.returncode == 0 and ("nothing is learnt" in process.stderr) == warned, process.stderr
+
+
+@two
 def test_a_run_that_failed_can_be_resumed_in_its_process(path, tmp_path):
     """Though the exception, which a notebook keeps, holds on to all that it was raised in."""
     module, kept = load(path), []
