@@ -47,7 +47,6 @@ What matters beyond the equations:
 
 # Shapes: T steps of a rollout, N environments of this rank, O observation, A action, B batch, P parameters.
 
-import copy
 import importlib
 import json
 import math
@@ -71,7 +70,6 @@ import torch
 import tyro
 from torch import distributed, nn
 from torch.distributions import Categorical, Independent, Normal
-from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
 ALGO = "ppo"
@@ -137,22 +135,12 @@ def standardize(x):
     return x / (mean_over_ranks(x.square().mean()).sqrt() + 1e-8)
 
 
-class Adam(torch.optim.Adam):
-    """Adam on one vector [P] of which the parameters become views: a step of it costs less than one of each."""
-
-    def __init__(self, parameters, **options):
-        self.views = [*parameters]
-        vector = nn.utils.parameters_to_vector(self.views).detach()
-        for view, part in zip(self.views, vector.split([view.numel() for view in self.views])):
-            view.data = part.view_as(view)
-        super().__init__([vector], fused=True, capturable=True, **options)  # both of which a CPU takes too
-
-    def descend(self, loss, max_norm):
-        """A step on the gradient, averaged over the ranks and clipped to norm `max_norm`."""
-        gradient = mean_over_ranks(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.views)]))
-        [vector] = self.param_groups[0]["params"]
-        vector.grad = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-        self.step()
+def descend(optimizer, loss, max_norm):
+    """A step of `optimizer` on the gradient, averaged over the ranks and clipped to norm `max_norm`."""
+    gradients = torch.autograd.grad(loss, optimizer.weights)
+    gradient = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+    gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+    optimizer.step([part.view_as(g) for g, part in zip(gradients, gradient.split([g.numel() for g in gradients]))])
 
 
 class Normalizer(nn.Module):
@@ -270,9 +258,9 @@ class Agent(nn.Module):
         self.critic = mlp((obs_dim, *args.hidden, 1), args.activation, 1.0)
         self.returns = Normalizer(1)
         self.columns = (obs_dim, 1 if low is None else act_dim, 1, 1, 1)  # of a batch
-        self.to(device)
         rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
-        self.optimizer = Adam(self.parameters(), lr=rate, eps=1e-5)
+        self.optimizer = Adam(self.parameters(), rate, eps=1e-5)
+        self.to(device)
 
     def value(self, obs):
         """obs [..., O], normalised -> V(s) [...]."""
@@ -312,7 +300,7 @@ class Agent(nn.Module):
         loss = loss_pi + self.args.vf_coef * loss_v
         if self.args.ent_coef:
             loss = loss - self.args.ent_coef * policy.entropy().mean()
-        self.optimizer.descend(loss, self.args.max_grad_norm)  # (6)
+        descend(self.optimizer, loss, self.args.max_grad_norm)  # (6)
 
     @torch.no_grad()
     def measure(self, rows):
@@ -353,7 +341,6 @@ def start(args, above_0, at_least_0, at_most_1):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
     torch.manual_seed(args.seed)
-    warnings.filterwarnings("ignore", ".*with capturable=True", UserWarning)  # from Adam, before it is captured
     return device
 
 
@@ -475,8 +462,7 @@ class Run:
         if not all(x.isfinite().all() for name, x in state["agent"].items() if name not in ("actor.low", "actor.high")):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
-        actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
@@ -586,93 +572,79 @@ class Follower(Run):
 
 def join(run):
     """Send what rank 0 restored to the others, which must have its flags."""
-    flags, parts = asdict(run.args), {name: part.state_dict() for name, part in run.parts.items()}
-    state = [run.step, torch.get_rng_state(), parts, flags]
+    flags = asdict(run.args)
+    state = [run.step, torch.get_rng_state(), flags]
     collective(distributed.broadcast_object_list, state)
-    run.step, rng, parts, theirs = state
+    run.step, rng, theirs = state
     if other := [name for name in [*flags][: [*flags].index("device")] if flags[name] != theirs[name]]:
         sys.exit(f"error: rank {RANK} has another {other[0]} than rank 0: type all flags, or share --run-dir")
     torch.set_rng_state(rng)
-    for name, part in run.parts.items():
-        part.load_state_dict(parts[name])
+    for tensor in run.parts["agent"].state_dict().values():
+        collective(partial(distributed.broadcast, src=0), tensor)
 
 
-def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
-    """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
-    assert not any(options[name] for name in ("weight_decay", "amsgrad", "maximize")), "plain Adam is all it compiles"
-    for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
-        mean.lerp_(gradient, 1 - beta1)
-        square.lerp_(gradient.square(), 1 - beta2)
-        scale, spread = (1 - beta ** step.double() for beta in (beta1, beta2))  # float32 would cancel
-        parameter.sub_(lr / scale * mean / ((square / spread).sqrt() + eps))
+class Adam(nn.Module):
+    """Adam, https://arxiv.org/abs/1412.6980: a fused kernel, or in an update that is compiled the same in parts."""
+
+    def __init__(self, parameters, lr, eps=1e-8):
+        super().__init__()
+        self.weights, self.lr, self.eps, self.betas = [*parameters], lr, eps, (0.9, 0.999)
+        self.register_buffer("steps", torch.zeros(()))
+        for i, weight in enumerate(self.weights):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(weight))
+            self.register_buffer(f"square_{i}", torch.zeros_like(weight))
+
+    @torch.no_grad()
+    def step(self, gradients):
+        """Move the weights, of whose loss these are the gradients."""
+        (steps, *moments), (beta1, beta2) = self.buffers(), self.betas
+        lists = self.weights, gradients, moments[::2], moments[1::2]
+        steps += 1
+        if not torch.compiler.is_compiling():
+            options = {"lr": self.lr, "eps": self.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+            torch._fused_adam_(*lists, [], [steps] * len(gradients), beta1=beta1, beta2=beta2, **options)
+            self.held = gradients  # memory given back and taken anew at every step is a tenth of SAC's time
+            return
+        scale, spread = (1 - beta ** steps.double() for beta in self.betas)  # float32 would cancel
+        for weight, gradient, mean, square in zip(*lists):
+            mean.lerp_(gradient, 1 - beta1)
+            square.lerp_(gradient.square(), 1 - beta2)
+            weight.sub_(self.lr / scale * mean / ((square / spread).sqrt() + self.eps))
 
 
-class Compiled:
-    """`update` compiled whole, gradients and optimizers included: Dynamo alone would break off at autograd.grad."""
+def compiled(update):
+    """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
+    torch._dynamo.config.trace_autograd_ops = True
+    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])  # whose bias fuses
+    importlib.import_module("torch._inductor.decomposition").decompositions.update(parts)
+    graph = torch.compile(update, fullgraph=True, options={"fallback_random": True})
 
-    def __init__(self, update):
-        self.update, self.tried = update, False
-
-    def __call__(self, batch):
-        if not self.tried and (before := self.snapshot()):
-            eager, self.tried = self.update, True
-            try:
-                self.update = self.compile(batch, before)
-                return self.update(batch)
-            except Exception as error:  # such as an update that needs a number, or no C++ compiler
-                self.update = eager
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"warning: goes on without --compile: {why}", file=sys.stderr)
-        return self.update(batch)
-
-    def snapshot(self):
-        """What an update may change, as (tensor, clone), or None as long as an optimizer has not made its state."""
-        copy.deepcopy(self.update, memo := {})
-        parts = [part for part in memo[id(memo)] if isinstance(part, torch.Tensor | torch.optim.Optimizer)]
-        if all(torch.is_tensor(part) or part.state for part in parts):
-            return [(part, memo[id(part)]) for part in parts if torch.is_tensor(part)]
-
-    def compile(self, batch, before):
-        """Run the update to see what it does to tensors, undo that, and return it compiled."""
-        aten, adam = torch.ops.aten, torch.ops.aten._fused_adam_
-        parts = torch._decomp.get_decompositions([aten.addmm, aten.baddbmm])  # so that a bias joins what follows it
-        parts |= {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
+    def call(batch):
         try:
-            with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
-                traced = make_fx(lambda batch: self.update(batch), parts)(batch)
-        finally:
-            with torch.no_grad():
-                [tensor.copy_(clone) for tensor, clone in before]
-        for node in reversed(traced.graph.nodes):
-            if "profiler" in str(node.target):  # an optimizer's marks, which would break the graph
-                traced.graph.erase_node(node)
-        traced.recompile()
-        return torch.no_grad()(torch.compile(traced, options={"fallback_random": True}))  # as the plain one draws
+            return graph(batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            sys.exit(f"error: cannot compile the update: {str(error).splitlines()[0]}: leave out --compile")
+
+    return call
 
 
 class CudaGraph:
-    """`update`: called as it is three times, once it is compiled, since capture wants it warm; captured; replayed."""
+    """`update`: called as it is three times, since capture wants it warm; then captured, and replayed."""
 
     def __init__(self, update):
         self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
-        self.calls += getattr(self.update, "tried", True)
-        if self.calls == 3:  # is watched: a capture that fails would leave CUDA unable to draw random numbers
-            with warnings.catch_warnings(record=True, action="always") as caught:
-                torch.cuda.set_sync_debug_mode("warn")
-                metrics = self.update(batch)
-                torch.cuda.set_sync_debug_mode("default")
-            if waits := [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]:
-                self.graph, where = None, f"{Path(waits[0].filename).name}, line {waits[0].lineno}"
-                print(f"warning: goes on without a CUDA graph: {where}, waits for the device", file=sys.stderr)
-            return metrics
-        if self.calls < 3 or self.graph is None:
+        self.calls += 1
+        if self.calls <= 3:
             return self.update(batch)
         if self.calls == 4:
             self.batch = batch.clone()
-            with torch.cuda.graph(self.graph):
-                self.metrics = self.update(self.batch)
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.metrics = self.update(self.batch)
+            except RuntimeError as error:
+                sys.exit(f"error: cannot capture the update: {str(error).splitlines()[0]}: add --no-cuda-graph")
         self.batch.copy_(batch)
         self.graph.replay()
         return self.metrics
@@ -734,9 +706,9 @@ def train(args):
     else:
         sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, or in a flat Box of floats, not {space}")
     agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
-    run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent, "optimizer": agent.optimizer})
+    run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent})
     RANKS > 1 and join(run)
-    update = Compiled(agent.update) if args.compile else agent.update
+    update = compiled(agent.update) if args.compile else agent.update
     update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" and RANKS == 1 else update
 
     obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
@@ -758,8 +730,7 @@ def train(args):
         # Learn from it, in minibatches that have as many steps of one environment as of another.
         rows = agent.prepare(s, a, r[..., 0], d[..., 0], e[..., 0], next_s).flatten(0, 1)
         rate = args.learning_rate * (1 - args.anneal_lr * (step - stride) / run.total)
-        group = agent.optimizer.param_groups[0]
-        group["lr"] = group["lr"].to(device).fill_(rate)  # a checkpoint leaves it on the CPU
+        agent.optimizer.lr.fill_(rate)
         for _ in range(args.update_epochs):
             order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
             for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):

@@ -45,7 +45,6 @@ What matters beyond the equations:
 
 # Shapes: B batch, N environments, O observation, A action, K critics.
 
-import copy
 import importlib
 import json
 import math
@@ -67,7 +66,6 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from tqdm import tqdm
 
 ALGO = "td3"
@@ -187,10 +185,7 @@ def actor_loss(q):
 
 def descend(optimizer, loss):
     """One step of `optimizer`; what else the loss depends on gets no gradient."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = gradient
-    optimizer.step()
+    optimizer.step(torch.autograd.grad(loss, optimizer.weights))
 
 
 class Agent(nn.Module):
@@ -205,10 +200,9 @@ class Agent(nn.Module):
         self.critic, self.target = critic(), critic().requires_grad_(False)
         self.target_actor.load_state_dict(self.actor.state_dict())
         self.target.load_state_dict(self.critic.state_dict())
+        self.actor_optimizer = Adam(self.actor.parameters(), args.policy_lr)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.q_lr)
         self.to(device)
-        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # both of which a CPU takes too
-        self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
-        self.critic_optimizer = adam(self.critic.parameters(), lr=args.q_lr)
 
     def update(self, batch, delayed):
         """A gradient step of the critics on rows (s, a, r, d, s') [B, 2 O + A + 2], and of the rest if `delayed`."""
@@ -265,7 +259,6 @@ def start(args, above_0, at_least_0, at_most_1):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
     torch.manual_seed(args.seed)
-    warnings.filterwarnings("ignore", ".*with capturable=True", UserWarning)  # from Adam, before it is captured
     return device
 
 
@@ -387,8 +380,7 @@ class Run:
         if not all(x.isfinite().all() for name, x in state["agent"].items() if name not in ("actor.low", "actor.high")):
             sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
         os.fsync(self.metrics.fileno())
-        actor = {k: v.clone() for k, v in self.actor.state_dict().items()}  # not the vector that they may be views of
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": actor})
+        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
         run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
         rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
         self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
@@ -454,82 +446,68 @@ class Run:
         return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
 
 
-def adam_in_parts(parameters, gradients, means, squares, _, steps, *, lr, beta1, beta2, eps, **options):
-    """What the fused kernel of Adam does, as operations that a compiler can fuse with their neighbours."""
-    assert not any(options[name] for name in ("weight_decay", "amsgrad", "maximize")), "plain Adam is all it compiles"
-    for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
-        mean.lerp_(gradient, 1 - beta1)
-        square.lerp_(gradient.square(), 1 - beta2)
-        scale, spread = (1 - beta ** step.double() for beta in (beta1, beta2))  # float32 would cancel
-        parameter.sub_(lr / scale * mean / ((square / spread).sqrt() + eps))
+class Adam(nn.Module):
+    """Adam, https://arxiv.org/abs/1412.6980: a fused kernel, or in an update that is compiled the same in parts."""
+
+    def __init__(self, parameters, lr, eps=1e-8):
+        super().__init__()
+        self.weights, self.lr, self.eps, self.betas = [*parameters], lr, eps, (0.9, 0.999)
+        self.register_buffer("steps", torch.zeros(()))
+        for i, weight in enumerate(self.weights):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(weight))
+            self.register_buffer(f"square_{i}", torch.zeros_like(weight))
+
+    @torch.no_grad()
+    def step(self, gradients):
+        """Move the weights, of whose loss these are the gradients."""
+        (steps, *moments), (beta1, beta2) = self.buffers(), self.betas
+        lists = self.weights, gradients, moments[::2], moments[1::2]
+        steps += 1
+        if not torch.compiler.is_compiling():
+            options = {"lr": self.lr, "eps": self.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+            torch._fused_adam_(*lists, [], [steps] * len(gradients), beta1=beta1, beta2=beta2, **options)
+            self.held = gradients  # memory given back and taken anew at every step is a tenth of SAC's time
+            return
+        scale, spread = (1 - beta ** steps.double() for beta in self.betas)  # float32 would cancel
+        for weight, gradient, mean, square in zip(*lists):
+            mean.lerp_(gradient, 1 - beta1)
+            square.lerp_(gradient.square(), 1 - beta2)
+            weight.sub_(self.lr / scale * mean / ((square / spread).sqrt() + self.eps))
 
 
-class Compiled:
-    """`update` compiled whole, gradients and optimizers included: Dynamo alone would break off at autograd.grad."""
+def compiled(update):
+    """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
+    torch._dynamo.config.trace_autograd_ops = True
+    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])  # whose bias fuses
+    importlib.import_module("torch._inductor.decomposition").decompositions.update(parts)
+    graph = torch.compile(update, fullgraph=True, options={"fallback_random": True})
 
-    def __init__(self, update):
-        self.update, self.tried = update, False
-
-    def __call__(self, batch):
-        if not self.tried and (before := self.snapshot()):
-            eager, self.tried = self.update, True
-            try:
-                self.update = self.compile(batch, before)
-                return self.update(batch)
-            except Exception as error:  # such as an update that needs a number, or no C++ compiler
-                self.update = eager
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"warning: goes on without --compile: {why}", file=sys.stderr)
-        return self.update(batch)
-
-    def snapshot(self):
-        """What an update may change, as (tensor, clone), or None as long as an optimizer has not made its state."""
-        copy.deepcopy(self.update, memo := {})
-        parts = [part for part in memo[id(memo)] if isinstance(part, torch.Tensor | torch.optim.Optimizer)]
-        if all(torch.is_tensor(part) or part.state for part in parts):
-            return [(part, memo[id(part)]) for part in parts if torch.is_tensor(part)]
-
-    def compile(self, batch, before):
-        """Run the update to see what it does to tensors, undo that, and return it compiled."""
-        aten, adam = torch.ops.aten, torch.ops.aten._fused_adam_
-        parts = torch._decomp.get_decompositions([aten.addmm, aten.baddbmm])  # so that a bias joins what follows it
-        parts |= {adam.default: adam_in_parts, adam.tensor_lr: adam_in_parts}
+    def call(batch):
         try:
-            with torch.random.fork_rng([batch.device] if batch.is_cuda else []):
-                traced = make_fx(lambda batch: self.update(batch), parts)(batch)
-        finally:
-            with torch.no_grad():
-                [tensor.copy_(clone) for tensor, clone in before]
-        for node in reversed(traced.graph.nodes):
-            if "profiler" in str(node.target):  # an optimizer's marks, which would break the graph
-                traced.graph.erase_node(node)
-        traced.recompile()
-        return torch.no_grad()(torch.compile(traced, options={"fallback_random": True}))  # as the plain one draws
+            return graph(batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            sys.exit(f"error: cannot compile the update: {str(error).splitlines()[0]}: leave out --compile")
+
+    return call
 
 
 class CudaGraph:
-    """`update`: called as it is three times, once it is compiled, since capture wants it warm; captured; replayed."""
+    """`update`: called as it is three times, since capture wants it warm; then captured, and replayed."""
 
     def __init__(self, update):
         self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
-        self.calls += getattr(self.update, "tried", True)
-        if self.calls == 3:  # is watched: a capture that fails would leave CUDA unable to draw random numbers
-            with warnings.catch_warnings(record=True, action="always") as caught:
-                torch.cuda.set_sync_debug_mode("warn")
-                metrics = self.update(batch)
-                torch.cuda.set_sync_debug_mode("default")
-            if waits := [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]:
-                self.graph, where = None, f"{Path(waits[0].filename).name}, line {waits[0].lineno}"
-                print(f"warning: goes on without a CUDA graph: {where}, waits for the device", file=sys.stderr)
-            return metrics
-        if self.calls < 3 or self.graph is None:
+        self.calls += 1
+        if self.calls <= 3:
             return self.update(batch)
         if self.calls == 4:
             self.batch = batch.clone()
-            with torch.cuda.graph(self.graph):
-                self.metrics = self.update(self.batch)
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.metrics = self.update(self.batch)
+            except RuntimeError as error:
+                sys.exit(f"error: cannot capture the update: {str(error).splitlines()[0]}: add --no-cuda-graph")
         self.batch.copy_(batch)
         self.graph.replay()
         return self.metrics
@@ -573,11 +551,10 @@ def train(args):
     agent = Agent(args, *envs[0].observation_space.shape, space.low.tolist(), space.high.tolist(), device)
     size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
     memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
-    parts = {name: getattr(agent, name) for name in ("actor_optimizer", "critic_optimizer")}
-    run = Run(args, agent.actor, {"agent": agent, "memory": memory, **parts})
+    run = Run(args, agent.actor, {"agent": agent, "memory": memory})
     update = {delayed: partial(agent.update, delayed=delayed) for delayed in (False, True)}
     if args.compile:
-        update = {delayed: Compiled(one) for delayed, one in update.items()}
+        update = {delayed: compiled(one) for delayed, one in update.items()}
     if args.cuda_graph and device.type == "cuda":
         update = {delayed: CudaGraph(one) for delayed, one in update.items()}
 

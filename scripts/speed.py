@@ -154,8 +154,6 @@ def seconds(who, case, steps, threads, args):
     if done.returncode:
         last = ["killed", *done.stderr.decode().strip().splitlines()][-1]
         sys.exit(f"error: {NAMES[who]} failed at {case.algo}: {last}")
-    if b"goes on without --compile" in done.stderr:
-        sys.exit(f"error: {case.algo} could not be compiled: {case.algo}.py --compile says why")
     return took
 
 

@@ -195,7 +195,7 @@ def test_gradient_steps_per_environment_step(path, tmp_path, utd, num_envs):
     run = Trained(path, tmp_path, "Constant", gamma=0.9, utd=utd, num_envs=num_envs, steps=301, learning_starts=99)
     steps = run.result["step"]
     assert steps == (301 if num_envs == 1 else 303)  # the last round is whole
-    taken = run.state["critic_optimizer"]["state"][0]["step"].item()
+    taken = run.state["agent"]["critic_optimizer.steps"].item()
     assert taken == int(utd * (steps - 99))
 
 
@@ -207,7 +207,7 @@ def test_actions_before_learning_are_uniform_in_the_box(path, tmp_path):
     assert actions.min() > -3 and actions.max() < 3
     counts = torch.histc(actions, 6, -3, 3)
     assert ((counts - 2000 / 6).abs() < 5 * (2000 / 6) ** 0.5).all()
-    assert not run.state["critic_optimizer"]["state"]  # nothing was learnt
+    assert run.state["agent"]["critic_optimizer.steps"] == 0  # nothing was learnt
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -215,7 +215,7 @@ def test_dqn_learns_and_moves_its_target_by_environment_steps(tmp_path, num_envs
     flags = {"train_frequency": 10, "target_network_frequency": 50, "num_envs": num_envs, "learning_starts": 99}
     run = Trained(ROOT / "algos" / "dqn.py", tmp_path, "Marker", gamma=0.9, steps=301, tau=0.5, **flags)
     steps = run.result["step"]
-    assert run.state["optimizer"]["state"][0]["step"].item() == (steps - 99) // 10
+    assert run.state["agent"]["optimizer.steps"].item() == (steps - 99) // 10
     rows = run.state["memory"]
     marker, time, action, reward, terminated, next_marker, next_time = rows.T
     assert len(rows) == steps and not next_marker.any() and torch.equal(next_time, time + 1)

@@ -79,13 +79,6 @@ def test_a_device_that_is_not_there_is_said(tmp_path):
     assert done.returncode != 0 and "nonsense" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_what_could_not_be_compiled_is_not_timed_as_if_it_were(speed, monkeypatch):
-    warning = "import sys; sys.stderr.write('warning: goes on without --compile: ')"
-    monkeypatch.setattr(speed, "command", lambda *_: [sys.executable, "-c", warning])
-    with pytest.raises(SystemExit, match="^error: ppo could not be compiled: ppo.py --compile says why"):
-        speed.seconds("ours", speed.CASES["ppo-hopper"], 1, 1, None)
-
-
 def test_what_was_cut_off_is_left_out(speed, tmp_path, capsys):
     """A last line that was not finished, and a case of which there is nothing but the bound."""
     file = tmp_path / "s.jsonl"
