@@ -477,6 +477,7 @@ class Adam(nn.Module):
 
 def compiled(update):
     """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
+    torch._dynamo.reset()  # or the ninth network of a notebook would be one too many
     torch._dynamo.config.trace_autograd_ops = True
     parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])  # whose bias fuses
     importlib.import_module("torch._inductor.decomposition").decompositions.update(parts)

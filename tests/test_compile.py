@@ -93,6 +93,15 @@ def test_a_compiled_update_learns_the_temperature(sac):
         torch.testing.assert_close(other.state_dict()[name], value, msg=name)
 
 
+@pytest.mark.slow
+@needs_compiler
+@torch._dynamo.config.patch(recompile_limit=1)  # of eight, as they come
+def test_a_notebook_may_compile_one_network_after_another(sac):
+    for width in (8, 16, 24):
+        agent = sac.Agent(sac.Args(hidden=(width,)), 3, *BOX, torch.device("cpu"))
+        sac.compiled(agent.update)(torch.rand(32, sum(agent.columns)))
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
