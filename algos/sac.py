@@ -59,6 +59,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -363,7 +364,7 @@ class Run:
             break
         else:
             if paths:
-                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away to begin anew")
+                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away, or use an older {ALGO}.py")
         self.began = time.monotonic() - seconds
         self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
 
@@ -459,7 +460,7 @@ class Adam(nn.Module):
     def __init__(self, parameters, lr, eps=1e-8):
         super().__init__()
         self.weights, self.lr, self.eps, self.betas = [*parameters], lr, eps, (0.9, 0.999)
-        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float32))  # as which CUDA's kernel reads it
         for i, weight in enumerate(self.weights):
             self.register_buffer(f"mean_{i}", torch.zeros_like(weight))
             self.register_buffer(f"square_{i}", torch.zeros_like(weight))
@@ -468,12 +469,12 @@ class Adam(nn.Module):
     def step(self, gradients):
         """Move the weights, of whose loss these are the gradients."""
         (steps, *moments), (beta1, beta2) = self.buffers(), self.betas
-        lists = self.weights, gradients, moments[::2], moments[1::2]
+        lists = self.weights, [x.contiguous() for x in gradients], moments[::2], moments[1::2]
         steps += 1
         if not torch.compiler.is_compiling():
             options = {"lr": self.lr, "eps": self.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
             torch._fused_adam_(*lists, [], [steps] * len(gradients), beta1=beta1, beta2=beta2, **options)
-            self.held = gradients  # memory given back and taken anew at every step is a tenth of SAC's time
+            self.held = lists[1]  # memory given back and taken anew at every step is a tenth of SAC's time
             return
         scale, spread = (1 - beta ** steps.double() for beta in self.betas)  # float32 would cancel
         for weight, gradient, mean, square in zip(*lists):
@@ -484,17 +485,21 @@ class Adam(nn.Module):
 
 def compiled(update):
     """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
-    torch._dynamo.reset()  # or the ninth network of a notebook would be one too many
-    torch._dynamo.config.trace_autograd_ops = True
-    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])  # whose bias fuses
-    importlib.import_module("torch._inductor.decomposition").decompositions.update(parts)
-    graph = torch.compile(update, fullgraph=True, options={"fallback_random": True})
+    inductor = importlib.import_module("torch._inductor.compile_fx")
+    torch._dynamo.config.trace_autograd_ops, torch._dynamo.config.recompile_limit = True, 256  # networks of a notebook
+    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])
+
+    def backend(graph, inputs):
+        with mock.patch.dict(torch._inductor.decomposition.decompositions, parts):  # a bias fuses with what follows it
+            return inductor.compile_fx(graph, inputs, config_patches={"fallback_random": True})
+
+    graph = torch.compile(update, backend=backend, fullgraph=True)
 
     def call(batch):
         try:
             return graph(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            sys.exit(f"error: cannot compile the update: {str(error).splitlines()[0]}: leave out --compile")
+            sys.exit(f"error: the update cannot be compiled: leave out --compile: {error}")
 
     return call
 
@@ -515,7 +520,7 @@ class CudaGraph:
                 with torch.cuda.graph(self.graph):
                     self.metrics = self.update(self.batch)
             except RuntimeError as error:
-                sys.exit(f"error: cannot capture the update: {str(error).splitlines()[0]}: add --no-cuda-graph")
+                sys.exit(f"error: the update cannot be captured: add --no-cuda-graph: {error}")
         self.batch.copy_(batch)
         self.graph.replay()
         return self.metrics
