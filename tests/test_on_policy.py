@@ -21,6 +21,9 @@ from conftest import ON_POLICY, ROOT, command, load, rows, run
 torch.set_num_threads(1)
 SMALL_RUN = {"num_steps": 20, "num_minibatches": 4, "hidden": (8,), "eval_every": 0, "threads": 1, "device": "cpu"}
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+
 
 @pytest.fixture(params=ON_POLICY, ids=lambda path: path.stem)
 def module(request):
@@ -207,14 +210,17 @@ def test_the_gradient_is_clipped_to_its_norm(ppo):
         assert optimizer.held[0].norm().item() == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)])
-def test_descending_takes_the_steps_of_torchs_adam(ppo, rate):
+@pytest.mark.parametrize("as_tensor", [False, True])
+@DEVICES
+def test_descending_takes_the_steps_of_torchs_adam(ppo, device, as_tensor):
     torch.manual_seed(0)
-    ours, theirs = (ppo.mlp((3, 8, 2), "tanh", 1.0) for _ in range(2))
+    ours, theirs = (ppo.mlp((3, 8, 2), "tanh", 1.0).to(device) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    one, other = ppo.Adam(ours.parameters(), rate, 1e-5), torch.optim.Adam(theirs.parameters(), rate, eps=1e-5)
+    rate = torch.tensor(0.1, device=device) if as_tensor else 0.1
+    one, other = ppo.Adam(ours.parameters(), rate, 1e-5), torch.optim.Adam(theirs.parameters(), 0.1, eps=1e-5)
+    one.to(device)
     for _ in range(5):
-        x = torch.randn(16, 3)
+        x = torch.randn(16, 3, device=device)
         ppo.descend(one, ours(x).square().mean(), float("inf"))
         other.zero_grad()
         theirs(x).square().mean().backward()
@@ -667,10 +673,7 @@ def test_many_ranks_are_not_compiled(module, monkeypatch):
         module.train(module.Args(compile=True))
 
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@DEVICES
 def test_a_resumed_run_goes_on_to_lower_its_learning_rate(ppo, tmp_path, monkeypatch, device):
     """Where a graph or a compiled update reads it: in a tensor on the device."""
     agents = []

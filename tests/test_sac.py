@@ -200,6 +200,15 @@ def test_the_actor_step_leaves_no_trace_in_the_critics(sac):
     assert all(torch.equal(a, b) for a, b in zip(before, agent.critic.parameters()))
 
 
+def test_adam_takes_gradients_of_any_strides(sac):
+    """Such as a sum's, which is one number for all, and that of a transposed weight."""
+    scale = torch.arange(6.0).view(2, 3)
+    for loss, gradient in ((torch.sum, torch.ones(3, 2)), (lambda w: (w.t() * scale).sum(), scale.t())):
+        optimizer = sac.Adam([torch.nn.Parameter(torch.zeros(3, 2))], 1.0)
+        sac.descend(optimizer, loss(*optimizer.weights))
+        torch.testing.assert_close(optimizer.mean_0, 0.1 * gradient)
+
+
 @pytest.mark.parametrize("act_dim, target_entropy, expected", [(3, None, -3.0), (3, -0.5, -0.5)])
 def test_target_entropy(sac, act_dim, target_entropy, expected):
     args = sac.Args(hidden=(8,), target_entropy=target_entropy)
