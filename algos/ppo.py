@@ -25,9 +25,9 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.o
     python algos/ppo.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
     torchrun --nproc-per-node 4 algos/ppo.py --num-envs 8      shares the environments among four processes
 
-Final at 1M steps, mean (range) of 3 seeds, beside CleanRL's training returns: HalfCheetah-v4 5000 (4610 to 5325), 1443;
-Hopper-v4 3436 (3327 to 3576), 2383; Walker2d-v4 4478 (2291 to 6130), 2288. Of 10 seeds (95 %): CartPole-v1 at 500k 500
-in each, 490; Acrobot-v1 at 300k -81 +- 4, -86 at 500k. Hopper-v4 with --compile at 4823 steps/s, SB3 1253, SBX 1295.
+Final at 1M steps, mean (95 %) of 6 seeds, beside CleanRL's training returns: HalfCheetah-v4 4948 +- 1895, 1443;
+Hopper-v4 3049 +- 995, 2383; Walker2d-v4 4923 +- 884, 2288. Of 10 seeds: CartPole-v1 at 500k 500 in each, 490;
+Acrobot-v1 at 300k -79 +- 7, -86 at 500k. Hopper-v4 with --compile at 4823 steps/s, SB3 1253, SBX 1295.
 
 Metrics, over the rollout once it is learnt from: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl
 from old to new, policy/clip_frac, how often w is clipped; episode/*, training episodes as they end; eval/*,
