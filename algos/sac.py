@@ -499,7 +499,7 @@ def compiled(update):
         try:
             return graph(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            sys.exit(f"error: the update cannot be compiled: leave out --compile: {error}")
+            sys.exit(f"{error}\nerror: the update cannot be compiled, for the reason above: leave out --compile")
 
     return call
 
@@ -520,7 +520,7 @@ class CudaGraph:
                 with torch.cuda.graph(self.graph):
                     self.metrics = self.update(self.batch)
             except RuntimeError as error:
-                sys.exit(f"error: the update cannot be captured: add --no-cuda-graph: {error}")
+                sys.exit(f"{error}\nerror: the update cannot be captured, for the reason above: add --no-cuda-graph")
         self.batch.copy_(batch)
         self.graph.replay()
         return self.metrics

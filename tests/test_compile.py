@@ -1,5 +1,6 @@
 """--compile and CUDA graphs: an update in one piece that learns what the plain one does, and resumes to the bit."""
 
+import importlib
 import shutil
 import subprocess
 from functools import partial
@@ -98,14 +99,13 @@ def test_a_compiled_update_learns_the_temperature(sac):
 def test_a_notebook_may_compile_one_network_after_another():
     """More than the eight of one function that the compiler takes by default; and what else it compiles is as ever."""
     torch._dynamo.reset()
-    vpg, linear = load(next(path for path in ALGOS if path.stem == "vpg")), torch.nn.Linear(64, 64)
-    before = torch._inductor.utils.run_and_get_code(torch.compile(linear), torch.randn(64, 64))[1]
-    agents = [vpg.Agent(vpg.Args(hidden=(width,)), 3, 2, *BOX, torch.device("cpu")) for width in range(8, 17)]
-    for agent in agents:
+    vpg = load(next(path for path in ALGOS if path.stem == "vpg"))
+    table = importlib.import_module("torch._inductor.decomposition").decompositions
+    before = dict(table)
+    for width in range(8, 17):
+        agent = vpg.Agent(vpg.Args(hidden=(width,)), 3, 2, *BOX, torch.device("cpu"))
         vpg.compiled(agent.update)(torch.rand(32, sum(agent.columns)))
-    torch._dynamo.reset()
-    after = torch._inductor.utils.run_and_get_code(torch.compile(linear), torch.randn(64, 64))[1]
-    assert "addmm" in before[0] and "addmm" in after[0]
+    assert table == before
 
 
 @pytest.mark.gpu
@@ -140,7 +140,7 @@ class Branching:
 def test_an_update_that_asks_for_a_number_is_refused(sac, wrap, device, advice):
     agent = type("Agent", (Branching, sac.Agent), {})(sac.Args(hidden=(16, 16)), 3, *BOX, torch.device(device))
     update = getattr(sac, wrap)(agent.update)
-    with pytest.raises(SystemExit, match=f"^error: the update cannot be .*: {advice}: "):
+    with pytest.raises(SystemExit, match=f"(?s).+\nerror: the update cannot be .*: {advice}$"):
         [update(torch.randn(8, 10, device=device)) for _ in range(4)]
 
 
@@ -170,7 +170,8 @@ def test_without_a_compiler_it_says_so(tmp_path):
     path = next(path for path in ALGOS if path.stem == "sac")
     done = run(path, "--compile", "--run-dir", tmp_path / "run", env=none)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "\nerror: the update cannot be compiled: leave out --compile: InvalidCxxCompiler: No working" in done.stderr
+    assert "InvalidCxxCompiler: No working C++ compiler" in done.stderr
+    assert done.stderr.endswith("\nerror: the update cannot be compiled, for the reason above: leave out --compile\n")
     assert run(path, "--resume", "--no-compile", "--run-dir", tmp_path / "run", env=none).returncode == 0
 
 

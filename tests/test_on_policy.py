@@ -608,13 +608,20 @@ def test_a_policy_that_was_normalised_acts_alike_when_loaded(module, tmp_path):
 @pytest.mark.parametrize("target_kl, epochs", [(None, 3), (1e-12, 1)])
 def test_an_epoch_too_far_is_the_last_of_its_rollout(ppo, tmp_path, monkeypatch, target_kl, epochs):
     """As measured over all of the rollout."""
-    measured, measure = [], ppo.Agent.measure
-    monkeypatch.setattr(ppo.Agent, "measure", lambda self, rows: measured.append(len(rows)) or measure(self, rows))
+    measured, rates, measure = [], [], ppo.Agent.measure
+
+    def watched(self, rows):
+        measured.append(len(rows))
+        rates.append(self.optimizer.lr.item())
+        return measure(self, rows)
+
+    monkeypatch.setattr(ppo.Agent, "measure", watched)
     flags = SMALL_RUN | {"update_epochs": 3, "target_kl": target_kl, "total_timesteps": 40}
     result = ppo.train(ppo.Args(env_id="Pendulum-v1", run_dir=str(tmp_path), **flags))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["agent"]
     assert state["optimizer.steps"] == 2 * epochs * 4 and result["policy/kl"] > 0
     assert measured == [20] * (4 if target_kl else 2)
+    assert rates[-1] == pytest.approx(3e-4 / 2)  # half of it is left in the second of two
 
 
 def test_the_divergence_is_the_estimator_that_is_never_negative(ppo):

@@ -588,7 +588,7 @@ def test_blocks_write(tmp_path):
         (b"LIMIT = 3\n", b"LIMIT = 3\n\n# Loose.\n", "line 5: what stands in the plumbing must belong"),
         (b"class Two", b"class one", "line 12: one stands twice"),
         (b"return 1", b"return 1)", "line 9: unmatched"),
-        (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 270, None),
+        (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 273, None),
         (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 274, "287 lines inside of the plumbing; 286 are the most"),
         (b"print(os)\n", b"print(os)\n" * 339, None),
         (b"print(os)\n", b"print(os)\n" * 340, "341 lines outside of the plumbing; 340 are the most"),
