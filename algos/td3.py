@@ -497,6 +497,25 @@ def compiled(update):
     return call
 
 
+def by_onednn(update):
+    """`update`, its products by oneDNN: where this is an AMD, which MKL is slow on, and they are exact.
+
+    Torch goes to oneDNN only where it may round float32 to bfloat16, as it does on processors made for that."""
+    matmul = torch.backends.mkldnn.matmul
+    if "AMD" not in torch.cpu.get_capabilities().get("cpu_name", "") or matmul.fp32_precision != "none":
+        return update
+
+    def call(function, *args):
+        matmul.fp32_precision = "bf16"
+        try:
+            return function(*args)
+        finally:
+            matmul.fp32_precision = "none"
+
+    x = torch.full((256, 256), 1 + 2**-20)  # 1 in bfloat16
+    return partial(call, update) if call(torch.mm, x, torch.eye(256)).equal(x) else update
+
+
 class CudaGraph:
     """`update`: called as it is three times, since capture wants it warm; then captured, and replayed."""
 
@@ -563,6 +582,8 @@ def train(args):
         update = {delayed: compiled(one) for delayed, one in update.items()}
     if args.cuda_graph and device.type == "cuda":
         update = {delayed: CudaGraph(one) for delayed, one in update.items()}
+    if device.type == "cpu" and min(args.hidden, default=0) >= 256:
+        update = {delayed: by_onednn(one) for delayed, one in update.items()}
 
     obs, metrics = run.reset(envs, run.seeds(n)), {}
     for step in run.steps(n):

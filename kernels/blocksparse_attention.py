@@ -82,6 +82,7 @@ import statistics
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -422,6 +423,26 @@ def prefix_lm(sq, sk, block_size, prefix, device=None):
 
 
 # ==== the PyTorch path ================================================================================================
+@contextmanager
+def onednn():
+    """Products of float32 on a CPU by oneDNN, to which torch goes only where it may round them to bfloat16."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@functools.cache
+def onednn_pays():
+    """Whether this is an AMD, where it takes half of MKL's time, and it does not round although it may."""
+    if "AMD" not in torch.cpu.get_capabilities().get("cpu_name", ""):
+        return False
+    x = torch.full((2, 64, 64), 1 + 2**-20)  # 1 in bfloat16
+    with onednn():
+        return torch.equal(torch.bmm(x, torch.eye(64).expand(2, 64, 64)), x)
+
+
 def capturing(x):
     """Whether a CUDA graph is being captured where x is."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -511,8 +532,9 @@ def chunks(layout, sizes, q_shape, k_shape, kv_lens, causal, by_key, threads):
             yield slice(begin, end), block[some], hidden_in(some, n, t) if t else None
 
     spans, most, row, first = [], 0, 0, 0
+    fitting = CHUNK * (2 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 1)  # oneDNN's calls cost more
     for n, rows in zip(numbers, groups):
-        fit = max(1, round(CHUNK / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
+        fit = max(1, round(fitting / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
         R = cdiv(rows, cdiv(rows, fit) * threads) * threads  # chunks of about one size
         spans.append((slice(row, row + rows), n, functools.partial(slices, n, R, rows if n else 0, row, first)))
         most, row, first = max(most, min(R, rows) * n), row + rows, first + rows * n
@@ -1054,9 +1076,12 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
 
 
 # ==== the operator ====================================================================================================
-def full_precision(x):
-    """No autocast, which would round what is between the inputs and the outputs."""
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def settings(x):
+    """No autocast, which would round what is between the inputs and the outputs; products by oneDNN where that pays."""
+    silent = x.device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "none"
+    with torch.autocast(x.device.type, enabled=False), onednn() if silent and onednn_pays() else nullcontext():
+        yield
 
 
 @torch.library.custom_op("onefile::blocksparse_attention", mutates_args=())
@@ -1066,7 +1091,7 @@ def forward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`layout` are the thirteen tensors of blocks or of tiles, `sizes` two leading dimensions of it, block and tile."""
     run = torch_forward if backend == "torch" else triton_forward
-    with full_precision(q):
+    with settings(q):
         return run(q, k, v, layout, sizes, kv_lens, scale, causal)
 
 
@@ -1076,7 +1101,7 @@ def backward_op(
     sizes: list[int], kv_lens: Tensor | None, scale: float, causal: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     run = torch_backward if backend == "torch" else triton_backward
-    with full_precision(q):
+    with settings(q):
         return run(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal)
 
 
@@ -1112,7 +1137,7 @@ def double_backward(ctx, *gradients):
     if backend != "torch":
         raise RuntimeError("blocksparse_attention: double backward needs the PyTorch path: pass backend='torch'")
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), full_precision(q):
+    with torch.enable_grad(), settings(q):
         inputs = q, k, v, do, dlse = [
             x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_() for x in (q, k, v, do, dlse)
         ]

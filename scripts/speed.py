@@ -167,14 +167,19 @@ def best(function, repeats=5):
     return min(times)
 
 
+def load(algo):
+    """A file of algos/ as a module."""
+    spec = importlib.util.spec_from_file_location(algo, ALGOS / f"{algo}.py")
+    module = sys.modules[algo] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def operations(case):
     """Floating-point operations in matrix products, per environment step: what a longer run counts more of."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    spec = importlib.util.spec_from_file_location(case.algo, ALGOS / f"{case.algo}.py")
-    module = sys.modules[case.algo] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    whole = case.rollout * case.num_envs
+    module, whole = load(case.algo), case.rollout * case.num_envs
     counts, more = [], math.ceil(200 / whole) * whole
     for steps in (case.lengths[0], case.lengths[0] + more):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
@@ -186,7 +191,7 @@ def operations(case):
 
 
 def product_rate(case, threads, device):
-    """Floating-point operations a second in products of the case's size, at best."""
+    """Floating-point operations a second in products of the case's size, at best, by MKL or, where it may be, oneDNN."""
     (rows, columns), repeats = case.product, 200
     x, y = torch.randn(rows, columns, device=device), torch.randn(columns, columns, device=device)
     torch.set_num_threads(threads)
@@ -196,8 +201,9 @@ def product_rate(case, threads, device):
             x @ y
         device.startswith("cuda") and torch.cuda.synchronize()
 
-    products()
-    return repeats * 2 * rows * columns**2 / best(products)
+    ways = products, load("sac").by_onednn(products)
+    [way() for way in ways]
+    return repeats * 2 * rows * columns**2 / min(best(way) for way in ways)
 
 
 def environment_rate(case):

@@ -524,6 +524,42 @@ def test_backward_in_autocast(backend):
     assert all(a.equal(b) for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("asked, inside", [("none", "bf16"), ("ieee", "ieee"), ("bf16", "bf16")])
+def test_products_by_onednn(asked, inside, monkeypatch):
+    """On an AMD, while an operator runs, and where nobody has said how to multiply; what was said stays."""
+    matmul, seen = torch.backends.mkldnn.matmul, {}
+    bs.onednn_pays()  # tried once
+
+    def spied(name, run):
+        return lambda *args: (seen.setdefault(name, matmul.fp32_precision), run(*args))[1]
+
+    for name in ("torch_forward", "torch_backward", "differentiable"):
+        monkeypatch.setattr(bs, name, spied(name, getattr(bs, name)))
+    x, layout = [y.cpu().requires_grad_() for y in inputs(1, 1, 1, 64, 64, 16)[:3]], bs.causal(64, 64, 16)
+    matmul.fp32_precision = asked
+    try:
+        first = torch.autograd.grad(attention(*x, layout).square().sum(), x, create_graph=True)
+        torch.autograd.grad(sum(y.square().sum() for y in first), x)
+        monkeypatch.setattr(bs, "torch_forward", spied("failing", lambda *args: torch.ones(2) @ torch.ones(3)))
+        with pytest.raises(RuntimeError):
+            attention(*x, layout)
+        assert [*seen.values()] == [inside if bs.onednn_pays() else asked] * 4 and matmul.fp32_precision == asked
+    finally:
+        matmul.fp32_precision = "none"
+
+
+def test_products_by_onednn_are_exact():
+    """Of what an operator multiplies, in shapes that suit oneDNN: to the rounding of float32."""
+    if not bs.onednn_pays():
+        pytest.skip("there MKL multiplies")
+    for n in (1, 3, 8):
+        x, y = torch.randn(8, 64, 64), torch.randn(8, 64 * n, 64)
+        with bs.onednn():
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            ours = torch.bmm(x, y.mT)
+        assert (ours - x.double() @ y.double().mT).abs().max() < 1e-6 * ours.abs().max()
+
+
 def test_tf32_by_the_newer_setting():
     """After which PyTorch refuses to read the older one."""
     if bs.triton is None:
