@@ -38,20 +38,18 @@ compute seven there, two of them twice, so that no sum depends on the order of p
 density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
-AMD EPYC (Zen 5), the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (another run was up to an
-eighth slower):
+AMD EPYC (Zen 5), the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (of three runs the middle one):
 
     density      forward    times dense    times Flex      with backward    times dense
-       5.0 %       15 ms       13.2 x         0.87 x             56 ms         12.9 x
-      12.3 %       32 ms        6.1 x         0.91 x            118 ms          6.2 x
-      24.6 %       63 ms        3.1 x         0.90 x            218 ms          3.2 x
-      89.9 %      211 ms       0.93 x         0.96 x            729 ms         0.97 x
-     100   %      194 ms       1.00 x         1.14 x            690 ms         1.01 x
+       5.0 %       12 ms       16.8 x         1.09 x             41 ms         17.5 x
+      12.3 %       22 ms        9.3 x         1.39 x             81 ms          9.1 x
+      24.6 %       43 ms        4.9 x         1.43 x            145 ms          5.3 x
+      89.9 %      127 ms        1.66 x        1.74 x            426 ms          1.72 x
+     100   %      114 ms        1.79 x        2.06 x            435 ms          1.66 x
 
-FlexAttention is told which blocks are whole; where it evaluates a mask_mod in each, it takes 1.4, 1.5 and 1.6 times as
-long as this file at the first three densities. There MKL multiplies at 100 GFLOP/s a thread; on another processor,
-where it does at 177, an earlier version was 1.19, 1.34 and 1.44 times as fast as FlexAttention, 9.8, 4.9 and 2.7 as
-dense attention.
+FlexAttention is told which blocks are whole. There oneDNN multiplies, at twice MKL's rate (see `onednn_pays`); on
+another processor, where MKL does at 177 GFLOP/s a thread, an earlier version was 1.19, 1.34 and 1.44 times as fast as
+FlexAttention, 9.8, 4.9 and 2.7 as dense attention.
 
 No GPU has been at hand: the kernels are checked in Triton's interpreter, and compile for compute capabilities 8.0, 9.0,
 10.0 and 12.0. For the table of your machine, run the file.
