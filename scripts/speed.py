@@ -191,7 +191,7 @@ def operations(case):
 
 
 def product_rate(case, threads, device):
-    """Floating-point operations a second in products of the case's size, at best, by MKL or, where it may be, oneDNN."""
+    """Floating-point operations a second in products of the case's size, at best: by MKL or, where it may, oneDNN."""
     (rows, columns), repeats = case.product, 200
     x, y = torch.randn(rows, columns, device=device), torch.randn(columns, columns, device=device)
     torch.set_num_threads(threads)
