@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import fingerprint
+from blocks import MOST, MOST_WITH_RANKS, fingerprint
 from conftest import ALGOS, ROOT, load, two
 
 RUN_FLAGS = """env_id exp_name seed total_timesteps num_envs device threads run_dir resume eval_every eval_episodes
@@ -155,6 +155,12 @@ def test_readme_counts_the_lines_that_differ_between_siblings():
     for *files, count in pairs:
         said = subprocess.run(["diff", *files], cwd=ROOT, capture_output=True, text=True).stdout
         assert len(re.findall("^[<>]", said, re.M)) == int(count), files
+
+
+def test_readme_says_how_long_a_file_may_be():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(r"At most (\d+) lines without the plumbing, and (\d+) of plumbing;.* up to (\d+) and (\d+)\.", text)
+    assert [int(n) for n in said.groups()] == [*MOST.values(), *MOST_WITH_RANKS.values()]
 
 
 def test_readme_has_a_line_for_every_file_of_the_suite():
