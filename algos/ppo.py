@@ -42,10 +42,10 @@ What matters beyond the equations:
  5. The policy's last layer starts at a hundredth of its size, and its spread in a box at 0.6 half widths, not 1.
  6. Gradients are clipped to norm `max_grad_norm`, and the learning rate falls linearly to 0 over the run.
  7. A step is one step of one environment, all ranks together; the run is rounded up to whole rollouts.
- 8. Checkpoints begin new episodes, seeded by (seed, step), in every run: so one killed and resumed ends bit-equal.
+ 8. Checkpoints begin new episodes, seeded by (seed, step), in every run: killed and resumed, it is bit-equal on a CPU.
 """
 
-# Shapes: T steps of a rollout, N environments of this rank, O observation, A action, B batch, P parameters.
+# Shapes: T steps of a rollout, N environments of this rank, O observation, A action, B batch.
 
 import importlib
 import json
@@ -322,7 +322,8 @@ def start(args, above_0, at_least_0, at_most_1):
     others = {float: float | int, float | None: float | int | None, tuple[int, ...]: tuple | list}
     for name, kind in type(args).__annotations__.items():  # to which a command line is held, but no notebook
         value, fits = getattr(args, name), others.get(kind, kind)
-        if not (value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, fits)):
+        odd = {*map(type, value)} - {int} if isinstance(value, tuple | list) else isinstance(value, np.generic)
+        if odd or not (value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, fits)):
             sys.exit(f"error: {name} is {value!r}, and must be of {kind}")
     rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
     for names, least, most, rule in rules:
@@ -365,7 +366,7 @@ def make_env(args, film=None):
     space = env.action_space
     if isinstance(space, gym.spaces.Box) and space.dtype != np.float32:  # out of whose bounds a float32 may be rounded
         env = gym.wrappers.TransformAction(env, lambda a: a.astype(space.dtype).clip(space.low, space.high), None)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)  # its own key, episode, may be taken
 
 
 class Run:
@@ -388,6 +389,14 @@ class Run:
             sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
         except (OSError, ImportError) as error:  # some file systems cannot lock, and Windows has no fcntl
             print(f"warning: {self.dir} cannot be locked ({error}): let no second process write to it", file=sys.stderr)
+        try:
+            self.begin(args)
+        except BaseException:
+            self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            raise
+
+    def begin(self, args):
+        """Take up what the folder holds, if that is the same run, and make ready to log and to evaluate."""
         flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
         if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
             sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
@@ -409,9 +418,10 @@ class Run:
             board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
             self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
         elif args.track != "none":
-            os.environ["WANDB_RUN_ID"] = name = f"{self.dir.name}-{token}"  # a resumed run is the same run there
+            name = f"{self.dir.name}-{token}"  # a resumed run is the same run there
+            own = {"id": name, "reinit": "finish_previous"} if args.track == "wandb" else {}
             tracker = importlib.import_module(args.track)
-            tracker.init(project="onefile", name=name, config=flags, resume="allow")
+            tracker.init(project="onefile", name=name, config=flags, resume="allow", **own)
             self.mirror = lambda row: tracker.log(row, step=self.step)
         (self.dir / "result.json").unlink(missing_ok=True)
         self.write("config.json", config | {"id": token, "versions": {"python": sys.version.split()[0]} | versions})
@@ -486,7 +496,7 @@ class Run:
                     print(bar, flush=True)
         finally:
             catch(signal.SIGINT, before)
-            self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            self.metrics.close()
             [env.close() for env in self.eval_envs]
 
     def due(self, every):
@@ -665,7 +675,11 @@ def evaluate(run):
         for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
             obs[env], _, terminated, truncated, _ = env.step(action)
             (terminated or truncated) and obs.pop(env)
-    run.args.capture_video and run.eval_envs[0].get_wrapper_attr("stop_recording")()
+    try:
+        run.args.capture_video and run.eval_envs[0].get_wrapper_attr("stop_recording")()
+    except OSError:
+        if not run.interrupted:  # by Ctrl-C, of which ffmpeg hears too
+            raise
     episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
     (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
     best = max(mean, run.last.get("eval/best", mean))

@@ -103,7 +103,7 @@ BLOCKS = (8, 16, 32, 64, 128)
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LOG2_E = math.log2(math.e)
 TINY = 1.2e-38  # what float32 may flush to 0
-CHUNK = 2**17  # scores that the PyTorch path holds at a time for each thread, unless one row has more
+CHUNK = 2**17  # scores that the PyTorch path holds for each thread, by oneDNN twice as many; or those of one row
 
 
 def cdiv(a, b):
@@ -1158,7 +1158,7 @@ def blocksparse_attention(q, k, v, layout, *, causal=False, scale=None, kv_lens=
 
     causal: query i sees key j only where j <= i + Sk - Sq, so the last query sees the last key. scale: of q . k, any
     number, D^-1/2 by default. kv_lens [B]: keys from there on are seen by none. return_lse: also return the logarithm
-    of the sum of exp(scores), [B, H, Sq], differentiable. backend: torch, triton, or auto, which is triton on CUDA.
+    of the sum of exp(scores), [B, H, Sq], differentiable. backend: torch, triton, or auto: triton on CUDA where it can.
     A query that sees nothing gives 0, lse -inf and gradients 0. With the PyTorch path derivatives of any order work;
     forward mode, as in torch.func.jvp, is refused.
     """
@@ -1247,7 +1247,7 @@ class Args:
     zoo: bool = True  # time the known patterns as well
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"  # bfloat16 on CUDA, else float32
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda where there is one
-    backend: Literal["auto", "torch", "triton"] = "auto"  # which path; auto is triton on CUDA
+    backend: Literal["auto", "torch", "triton"] = "auto"  # which path; auto is triton on CUDA where it can
     backward: bool = True  # time forward with backward too
     flex: bool = True  # time FlexAttention beside it, where that runs: on a CPU forward alone
     check: bool = True  # compare with dense attention first

@@ -16,9 +16,9 @@ says the same, and may say it several times over:
     set = { total-timesteps = 1000000, "ppo.hidden" = [[64, 64], [256, 256]] }        # set: {total-timesteps: ...
 
 A run is the plain command of its file, with --threads 1 if nothing else is --set, in a folder named after the
-environment, the algorithm, the flags that vary and the seed; what it prints goes to log.txt there. One with a
-result.json is done. The same command again skips these and resumes the others, so it is also the way to go on after the
-driver died, or to add seeds.
+environment, the algorithm, the flags that vary and the seed; what it prints goes to log.txt there. One whose
+result.json has all its steps is done. The same command again skips these and resumes the others, so it is also the way
+to go on after the driver died, or to add seeds.
 
 A run whose process is killed, or whose machine is lost, is resumed on another one, and ends as if nothing had happened.
 One that fails by itself is shown with its last lines, and the others go on. No two processes ever write to one folder:

@@ -165,6 +165,7 @@ for name, make in {
     "Wide": partial(Probe, low=-3.0, high=3.0, reward=near(2.0)),
     "Cut": partial(Blind, length=5, ends=False),
     "Ended": partial(Probe, length=5),
+    "Counted": lambda **kind: gym.wrappers.RecordEpisodeStatistics(Probe(length=5, **kind)),
     "Both": partial(Both, length=5),
     "Marker": partial(Marker, length=7, ends=False),
     "Reused": partial(Reused, length=7, ends=False),

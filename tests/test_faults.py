@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import probes  # noqa: F401  (registers the environments)
 import pytest
 import torch
@@ -108,6 +109,9 @@ def test_bad_flags_where_actions_are_continuous(path, tmp_path, monkeypatch, cap
         ({"activation": "gelu"}, "activation is 'gelu', and must be of .*'relu', 'tanh', 'elu', 'silu'"),
         ({"run_dir": Path("run")}, r"run_dir is .*Path\('run'\), and must be of str"),
         ({"capture_video": "yes"}, "capture_video is 'yes', and must be of <class 'bool'>"),
+        ({"gamma": np.float64(0.9)}, r"gamma is np.float64\(0.9\), and must be of <class 'float'>"),
+        ({"hidden": [64, np.int64(64)]}, "hidden is .64, np.int64.64.., and must be of tuple"),
+        ({"hidden": (64.0,)}, "hidden is .64.0,., and must be of tuple"),
     ],
     ids=lambda x: [*x][0] if isinstance(x, dict) else "",
 )
@@ -312,6 +316,17 @@ def test_a_run_that_failed_can_be_resumed_in_its_process(path, tmp_path):
             module.train(module.Args(total_timesteps=600, resume=resume, **flags))
         kept.append(stop.value.__traceback__)
     assert all(kept)
+
+
+@two
+def test_a_folder_that_was_refused_is_free_in_its_process(path, tmp_path):
+    module = load(path)
+    flags = {"env_id": probe(path, "Ended"), "run_dir": str(tmp_path / "run"), "threads": 1, "eval_every": 0}
+    module.train(module.Args(total_timesteps=10, **flags))
+    with pytest.raises(SystemExit, match="holds a run") as stop:
+        module.train(module.Args(total_timesteps=20, **flags))
+    module.train(module.Args(total_timesteps=20, resume=True, **flags))
+    assert stop.value.__traceback__  # was kept, and what it was raised in
 
 
 @two

@@ -1,7 +1,11 @@
 """What a run shows beside its metrics: trackers, videos, progress."""
 
+import contextlib
 import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -9,7 +13,7 @@ import numpy as np
 import probes
 import pytest
 import torch
-from conftest import load, rows, run, two
+from conftest import ROOT, load, probe, rows, run, two
 
 
 class Growing(probes.Probe):
@@ -38,6 +42,30 @@ def test_an_evaluation_reports_its_own_episodes(path):
     assert seen == [(2, 1)] * 3  # seeds of another stream than those of training
 
 
+class Filmed(gym.Wrapper):
+    """A film that cannot be written to its end."""
+
+    name_prefix = ""
+
+    def stop_recording(self):
+        raise BrokenPipeError("ffmpeg is gone")
+
+
+@two
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_ctrl_c_which_ends_ffmpeg_too_leaves_the_evaluation_whole(path, interrupted):
+    module = load(path)
+    actor = SimpleNamespace(act=lambda obs: np.zeros((len(obs), 1), np.float32))
+    logged = SimpleNamespace(args=SimpleNamespace(capture_video=True), actor=actor, last={}, step=7, total=9)
+    logged.eval_envs = [gym.wrappers.RecordEpisodeStatistics(Filmed(Growing((1, 2))))]
+    logged.seeds, logged.log, logged.interrupted = lambda n, stream: [3] * n, logged.last.update, interrupted
+    with contextlib.nullcontext() if interrupted else pytest.raises(BrokenPipeError, match="ffmpeg is gone"):
+        module.evaluate(logged)
+    assert logged.last == (
+        {"eval/return": 3, "eval/return_std": 0, "eval/length": 3, "eval/best": 3} if interrupted else {}
+    )
+
+
 @two
 def test_every_episode_is_logged_as_it_ends(path):
     module, seen = load(path), []
@@ -48,6 +76,13 @@ def test_every_episode_is_logged_as_it_ends(path):
     for _ in range(7):
         training.interact(envs, np.zeros((3, 1), np.float32))
     assert seen == [{"episode/return": r, "episode/length": 3} for r in (3, 6, 6)] * 2
+
+
+@two
+def test_an_environment_may_count_its_episodes_itself(path, tmp_path):
+    module, folder = load(path), tmp_path / "run"
+    module.train(module.Args(env_id=probe(path, "Counted"), total_timesteps=20, run_dir=str(folder), threads=1))
+    assert {row["episode/return"] for row in rows(folder) if "episode/return" in row} == {5}
 
 
 @two
@@ -110,6 +145,24 @@ def test_a_tracker_that_is_not_installed_is_named(path, tmp_path):
     result = (folder / "result.json").read_bytes()
     assert "No module named 'trackio'" in run(path, "--resume", *track, cwd=tmp_path).stderr
     assert (folder / "result.json").read_bytes() == result  # that run is as done as it was
+
+
+@pytest.mark.slow
+def test_runs_of_one_process_are_apart_at_wandb(tmp_path):
+    """Two seeds, then the first one resumed, which is the same run there."""
+    pytest.importorskip("wandb")
+    code = """
+import sac
+for seed, steps in ((1, 600), (2, 600), (1, 900)):
+    flags = {"seed": seed, "run_dir": f"r{seed}", "total_timesteps": steps, "resume": steps == 900, "threads": 1}
+    sac.train(sac.Args(env_id="Pendulum-v1", eval_every=0, track="wandb", **flags))
+"""
+    env = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": f"{ROOT / 'algos'}:{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    ids = [json.loads((tmp_path / folder / "config.json").read_text())["id"] for folder in ("r1", "r2")]
+    kept = sorted(folder.name.split("-", 3)[-1] for folder in (tmp_path / "wandb").glob("offline-run-*"))
+    assert kept == [f"r1-{ids[0]}", f"r1-{ids[0]}", f"r2-{ids[1]}"]
 
 
 @pytest.mark.slow
