@@ -24,7 +24,7 @@ Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", ht
     python algos/ddpg.py --resume --run-dir runs/...   takes up a run, whose own flags are the defaults
 
 Final at 100k steps, mean (range) of 3 seeds: HalfCheetah-v4 4144 (3054 to 5006), Hopper-v4 380 (261 to 548); at 20k,
-10 seeds (95 %): Pendulum-v1 -153 +- 13. Hopper-v4 with --compile at 324 steps/s, SB3 166, SBX 242.
+10 seeds (95 %): Pendulum-v1 -153 +- 13. Hopper-v4 with --compile at 395 steps/s, SB3 195, SBX 416.
 
 Metrics: loss/critic (3), loss/actor (4); value/mean, Q of the last batch; episode/*, training episodes as they end;
 eval/*, deterministic episodes; speed/sps, environment steps a second since the run began, everything included.

@@ -30,7 +30,7 @@ Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", https://ar
     python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
 Final, 10 seeds (95 %), beside CleanRL's training returns at 500k: CartPole-v1 at 60k steps 495 +- 10, 489; Acrobot-v1
-at 100k -78 +- 3, -92. CartPole-v1 with --compile and the flags of scripts/speed.py at 5130 steps/s, SB3 1915, SBX 2078.
+at 100k -78 +- 3, -92. CartPole-v1 with --compile and flags of scripts/speed.py at 11921 steps/s, SB3 3842, SBX 4127.
 
 Metrics: loss/critic (4); value/mean, Q of the last batch; explore/epsilon (1); episode/*, training episodes as they
 end; eval/*, greedy episodes; speed/sps, environment steps a second since the run began, everything included.

@@ -27,7 +27,7 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.o
 
 Final at 1M steps, mean (95 %) of 6 seeds, beside CleanRL's training returns: HalfCheetah-v4 4948 +- 1895, 1443;
 Hopper-v4 3049 +- 995, 2383; Walker2d-v4 4923 +- 884, 2288. Of 10 seeds: CartPole-v1 at 500k 500 in each, 490;
-Acrobot-v1 at 300k -79 +- 7, -86 at 500k. Hopper-v4 with --compile at 4823 steps/s, SB3 1253, SBX 1295.
+Acrobot-v1 at 300k -79 +- 7, -86 at 500k. Hopper-v4 with --compile at 6832 steps/s, SB3 2175, SBX 2374.
 
 Metrics, over the rollout once it is learnt from: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl
 from old to new, policy/clip_frac, how often w is clipped; episode/*, training episodes as they end; eval/*,

@@ -27,7 +27,7 @@ Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", https://a
 
 After 100k steps, mean (range) of 3 seeds, beside SBX's 10: HalfCheetah-v4 6410 (5820 to 7318), 6156; Ant-v4 855 (371 to
 1745), 747; Hopper-v4 2890 (1918 to 3408), 1103; of six (95 %): Walker2d-v4 1242 +- 931, 690. After 1M steps of one
-seed, Hopper-v4 3490, SBX 2787. Hopper-v4 with --compile at 263 steps/s, SB3 104, SBX 161.
+seed, Hopper-v4 3490, SBX 2787. Hopper-v4 with --compile at 349 steps/s, SB3 114, SBX 233.
 
 Metrics: loss/critic (2), loss/actor (5), loss/alpha (6); of the last batch value/mean, policy/entropy, policy/std;
 policy/alpha; episode/*, training episodes; eval/*, deterministic ones; speed/sps, steps a second since the run began.

@@ -26,7 +26,7 @@ Fujimoto et al. 2018, "Addressing Function Approximation Error in Actor-Critic M
     python algos/td3.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
 
 Final at 100k steps, mean (range) of 3 seeds: HalfCheetah-v4 4803 (4483 to 5378), Hopper-v4 911 (335 to 1635); at 20k,
-10 seeds (95 %): Pendulum-v1 -155 +- 13. Hopper-v4 with --compile at 329 steps/s, SB3 162, SBX 219.
+10 seeds (95 %): Pendulum-v1 -155 +- 13. Hopper-v4 with --compile at 489 steps/s, SB3 200, SBX 359.
 
 Metrics: loss/critic (3), loss/actor (4); value/mean, Q of the last batch; episode/*, training episodes as they end;
 eval/*, deterministic episodes; speed/sps, environment steps a second since the run began, everything included.
