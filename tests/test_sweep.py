@@ -317,10 +317,12 @@ def test_a_run_that_fails_and_one_that_is_killed(tmp_path):
 def holders(path):
     """The processes that have a file open."""
     found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(link) == str(path):
-                found.add(int(link.parts[2]))
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for link in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):  # it has closed that one
+                    if os.readlink(link) == str(path):
+                        found.add(int(process.name))
     return found
 
 
