@@ -103,7 +103,7 @@ BLOCKS = (8, 16, 32, 64, 128)
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LOG2_E = math.log2(math.e)
 TINY = 1.2e-38  # what float32 may flush to 0
-CHUNK = 2**17  # scores that the PyTorch path holds for each thread, by oneDNN twice as many; or those of one row
+CHUNK = 2**17  # scores that the PyTorch path holds for each thread, by oneDNN more; or those of one row
 
 
 def cdiv(a, b):
@@ -530,7 +530,8 @@ def chunks(layout, sizes, q_shape, k_shape, kv_lens, causal, by_key, threads):
             yield slice(begin, end), block[some], hidden_in(some, n, t) if t else None
 
     spans, most, row, first = [], 0, 0, 0
-    fitting = CHUNK * (2 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 1)  # oneDNN's calls cost more
+    by_onednn = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # whose calls cost more
+    fitting = CHUNK * (1 if not by_onednn else 2 if by_key else 4)
     for n, rows in zip(numbers, groups):
         fit = max(1, round(fitting / max(1, n * b * b))) * threads  # bmm gives every thread whole rows
         R = cdiv(rows, cdiv(rows, fit) * threads) * threads  # chunks of about one size
@@ -590,11 +591,12 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     out, m, total = torch.empty_like(Q), *(Q.new_full(Q.shape[:2], x, dtype=dtype) for x in (-math.inf, 1))
 
     def attend(span, n, slices, large):
-        """Outputs [R, b, D] of a group of rows. With nothing hidden and no score `large`, exp needs no maximum."""
-        X, M, T = Q.index_select(0, order[span]).to(dtype).mul_(scale), m[span].zero_(), total[span]
+        """The outputs of a group of rows. With nothing hidden and no score `large`, exp needs no maximum."""
+        rows, M, T = order[span], m[span].zero_(), total[span]
         for at, blocks, hidden in slices():
-            x, R, unseen = X[at], at.stop - at.start, None if hidden is None else hidden.all(1)[..., None]
+            x, R = Q.index_select(0, rows[at]).to(dtype).mul_(scale), at.stop - at.start
             y = take(K, blocks, gathered).view(R, n * b, D)
+            unseen = None if hidden is None else hidden.all(1)[..., None]
             fill_last(y, 1, unseen)  # no p of 0 may meet the NaN of a key that nobody here sees
             s = torch.bmm(x, y.mT, out=scores[: R * n * b * b].view(R, b, n * b))  # (1)
             fill_last(s, 2, hidden, -math.inf)
@@ -606,20 +608,20 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
                 T[at].masked_fill_(peak == -math.inf, 1)  # a query that sees nothing
             take(V, blocks, gathered)  # into y
             fill_last(y, 1, unseen)
-            torch.bmm(s, y, out=x)  # x gives way to the output
-        return X.div_(T[..., None])  # (3)
+            torch.bmm(s, y, out=x).div_(T[at][..., None])  # (3); x gives way to the output
+            out.index_copy_(0, rows[at], x.to(q.dtype))
 
     large = q.is_cuda  # a GPU would have to wait to know
     for span, n, slices in groups:
         if n == 0:
             out.index_fill_(0, order[span], 0)
             continue
-        X = attend(span, n, slices, large)
+        attend(span, n, slices, large)
         if not large:
             low, high = total[span].aminmax()
             large = not (1e-12 < low.item() and high.item() < 1e12)  # from here on
-            X = attend(span, n, slices, large) if large else X
-        out.index_copy_(0, order[span], X.to(q.dtype))
+            if large:
+                attend(span, n, slices, large)
     lse = torch.empty_like(m).index_copy_(0, order, total.log_().add_(m))  # (2)
     return from_blocks(out, q.shape), from_blocks(lse, q.shape)
 
@@ -1310,11 +1312,13 @@ def self_check(backend, device, dtype):
 
 
 def seconds(contenders, repeats, device):
-    """The least time of each function, all of them in turn, after one call that counts for nothing."""
+    """The least time of each function, all of them in turn, right after a call of its own that counts for nothing: what
+    the one before has left in caches and heap is not its doing."""
     synchronize = getattr(torch, device.type).synchronize  # that of torch.cpu does nothing
     calls = 10 if device.type == "cuda" else 1  # queued, so that a GPU need not wait for Python
 
     def timed(contender):
+        contender()
         synchronize(device)
         begin = time.perf_counter()
         for _ in range(calls):
@@ -1322,8 +1326,8 @@ def seconds(contenders, repeats, device):
         synchronize(device)
         return (time.perf_counter() - begin) / calls
 
-    times = [[timed(contender) for contender in contenders] for _ in range(repeats + 1)]
-    return [min(own) for own in zip(*times[1:])]
+    times = [[timed(contender) for contender in contenders] for _ in range(repeats)]
+    return [min(own) for own in zip(*times)]
 
 
 def peak(function, device):
