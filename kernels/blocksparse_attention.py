@@ -38,18 +38,20 @@ compute seven there, two of them twice, so that no sum depends on the order of p
 density is that of the blocks: what causal removes from them counts as done.
 
 Measured so far on a CPU alone: B 1, H 8, S 4096, D 64, float32, block 64, random layouts with the diagonal, 2 threads,
-AMD EPYC (Zen 5), the best of 12, beside dense SDPA and FlexAttention, compiled, in turn (of three runs the middle one):
+AMD EPYC (Zen 5), the best of 12, in turn with dense SDPA and with FlexAttention, compiled, and each right after a call
+of its own; the middle of twelve runs, in the last two lines and with backward of three:
 
     density      forward    times dense    times Flex      with backward    times dense
-       5.0 %       12 ms       16.8 x         1.09 x             41 ms         17.5 x
-      12.3 %       22 ms        9.3 x         1.39 x             81 ms          9.1 x
-      24.6 %       43 ms        4.9 x         1.43 x            145 ms          5.3 x
-      89.9 %      127 ms        1.66 x        1.74 x            426 ms          1.72 x
-     100   %      114 ms        1.79 x        2.06 x            435 ms          1.66 x
+       5.0 %      9.5 ms       20.3 x         1.38 x             39 ms         18.0 x
+      12.3 %       20 ms        9.9 x         1.53 x             72 ms          9.5 x
+      24.6 %       37 ms        5.2 x         1.52 x            148 ms          4.8 x
+      89.9 %      114 ms        1.71 x        1.75 x            400 ms          1.75 x
+     100   %      108 ms        1.79 x        2.06 x            407 ms          1.72 x
 
-FlexAttention is told which blocks are whole. There oneDNN multiplies, at twice MKL's rate (see `onednn_pays`); on
-another processor, where MKL does at 177 GFLOP/s a thread, an earlier version was 1.19, 1.34 and 1.44 times as fast as
-FlexAttention, 9.8, 4.9 and 2.7 as dense attention.
+FlexAttention is told which blocks are whole; from run to run it takes 1.2 to 1.5 times as long at 5.0 %, 1.4 to 1.6 at
+12.3 and at 24.6 %. There oneDNN multiplies, at twice MKL's rate (see `onednn_pays`); on another processor, where MKL
+does at 177 GFLOP/s a thread, an earlier version was 1.19, 1.34 and 1.44 times as fast as FlexAttention, 9.8, 4.9 and
+2.7 as dense attention.
 
 No GPU has been at hand: the kernels are checked in Triton's interpreter, and compile for compute capabilities 8.0, 9.0,
 10.0 and 12.0. For the table of your machine, run the file.
