@@ -325,6 +325,7 @@ class Run:
             sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
         self.restore()
         versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
+        versions["python"] = sys.version.split()[0]
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
         films = args.eval_every and args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
@@ -342,7 +343,8 @@ class Run:
             tracker.init(project="onefile", name=name, config=flags, resume="allow", **own)
             self.mirror = lambda row: tracker.log(row, step=self.step)
         (self.dir / "result.json").unlink(missing_ok=True)
-        self.write("config.json", config | {"id": token, "versions": {"python": sys.version.split()[0]} | versions})
+        if self.step < self.total:  # a run that is over keeps the flags, the command and the commit that made it
+            self.write("config.json", config | {"id": token, "versions": versions})
 
     def restore(self):
         """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""

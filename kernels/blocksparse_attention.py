@@ -550,7 +550,7 @@ def to_blocks(x, b):
 
 def from_blocks(x, shape):
     """The way back: [B H blocks, b, ...] -> [B, H, S, ...]."""
-    return x.view(*shape[:2], -1, *x.shape[2:])[:, :, : shape[2]].contiguous()
+    return x.reshape(*shape[:2], -1, *x.shape[2:])[:, :, : shape[2]].contiguous()
 
 
 def take(x, rows, out):
@@ -579,10 +579,15 @@ def whole(layout, sizes, q, k, kv_lens, scale, causal):
     return full and plain and square and q.device.type == "cpu"
 
 
+def apart(x):
+    """x with rows that PyTorch's own attention takes: one after another, and none that begins within the one before."""
+    return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
+
+
 def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     b, D, dtype = sizes[2], q.shape[3], accurate(q)
     if whole(layout, sizes, q, k, kv_lens, scale, causal):
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (apart(x) for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out.contiguous(), lse.contiguous()
     Q, K, V = (to_blocks(x, b) for x in (q, k, v))
@@ -631,7 +636,7 @@ def torch_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
 def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, causal):
     b, D, dtype = sizes[2], q.shape[3], accurate(q)
     if whole(layout, sizes, q, k, kv_lens, scale, causal) and not dlse.any():  # which knows no gradient of lse
-        q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
+        q, k, v, do = (apart(x) for x in (q, k, v, do))
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return tuple(x.contiguous() for x in backward(do, q, k, v, out, lse, 0.0, causal, scale=scale))
     Q, K, V, dO = (to_blocks(x, b) for x in (q, k, v, do))

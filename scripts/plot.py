@@ -175,7 +175,10 @@ def code(run):
         shown = subprocess.run(["git", "show", file], cwd=Path(__file__).parent, capture_output=True)
     except FileNotFoundError:  # no git
         return None
-    return None if shown.returncode else fingerprint(shown.stdout)
+    try:
+        return None if shown.returncode else fingerprint(shown.stdout)
+    except (ValueError, StopIteration, SyntaxError):  # a file of another make
+        return None
 
 
 def collect(args):
@@ -210,15 +213,18 @@ def collect(args):
         metrics = {key for run in runs.values() for row in run.rows if args.x in row for key in row if "/" in key}
         have = f"take --value from {', '.join(sorted(metrics))}" if metrics else f"no row has a metric and a {args.x}"
         sys.exit(f"error: no run has {args.value} by {args.x}: {have}")
-    if args.save:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text("".join(raw))
     if without:
         print(f"warning: left out, without {args.value} by {args.x}: {', '.join(without)}", file=sys.stderr)
     for (env_id, label), found in seeds.items():
         if len(found) > len(set(found)):
+            same = f"{label} on {env_id} has runs with the same seed"
             hint = "--legend, --select or --exclude tell them apart, if they differ in more"
-            print(f"warning: {label} on {env_id} has runs with the same seed: {hint}", file=sys.stderr)
+            if args.save:  # where the seed alone says which run a point is of
+                sys.exit(f"error: --save would make one run of several: {same}; {hint}")
+            print(f"warning: {same}: {hint}", file=sys.stderr)
+    if args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        args.save.write_text("".join(raw))
     return lines
 
 

@@ -273,11 +273,15 @@ def read(path):
     """The rows of a file that --save wrote; of one that was cut off, those before."""
     for number, line in enumerate(lines := path.read_text().splitlines(), 1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
-            if number < len(lines):
-                sys.exit(f"error: {path}, line {number} is no measurement: give what --save has written")
-            print(f"warning: the last line of {path} is cut off, and left out", file=sys.stderr)
+            if number == len(lines):
+                print(f"warning: the last line of {path} is cut off, and left out", file=sys.stderr)
+                return
+            row = None
+        if not isinstance(row, dict) or row.get("case") not in CASES:
+            sys.exit(f"error: {path}, line {number} is no measurement: give what --save has written")
+        yield row
 
 
 def summary(rows):

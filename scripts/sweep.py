@@ -127,6 +127,8 @@ def read_grids(args):
     try:
         text = args.file.read_text()
         content = tomllib.loads(text) if args.file.suffix == ".toml" else yaml.safe_load(text)
+        if "grid" in content and (beside := content.keys() - {"grid"}):
+            sys.exit(f"error: {args.file} has {', '.join(sorted(beside))} beside grid: say it inside of each grid")
         grids = [{"envs": [], "seeds": 1, "set": {}} | grid for grid in content.get("grid", [content])]
         for grid in grids:
             if unknown := grid.keys() - {"algos", "envs", "seeds", "set"}:
@@ -143,7 +145,7 @@ def read_grids(args):
 
 def axes(algo, settings):
     """What --set says for one algorithm: {flag as its field is named: values}."""
-    known, own = [dashed(field.name) for field in fields(load(algo).Args)], {}
+    known, own, said = [dashed(field.name) for field in fields(load(algo).Args)], {}, set()
     for flag, values in sorted(settings, key=lambda setting: "." in setting[0]):  # what is for one wins
         whose, _, name = flag.rpartition(".")
         if whose in ("", algo):
@@ -152,6 +154,9 @@ def axes(algo, settings):
                 sys.exit(f"error: --set {flag} is not for you to set: take {OURS[name]}")
             if not values:
                 sys.exit(f"error: --set {flag} needs the values to try")
+            if (whose, name) in said:
+                sys.exit(f"error: --set {flag} is given twice: give all its values at once")
+            said.add((whose, name))
             own[name] = list(dict.fromkeys(values))
     return own
 
@@ -263,15 +268,18 @@ def tail(path, size=20_000):
 def progress(run):
     """What metrics.jsonl says last: {"step", "wall", "eval/return"}, as far as there is any."""
     last = {}
-    for line in tail(run.folder / "metrics.jsonl"):
+    for line in reversed(tail(run.folder / "metrics.jsonl", 500_000)):  # episodes by the thousand may follow the last
         with contextlib.suppress(ValueError):  # the first and the last line may be torn
-            last |= json.loads(line) if line.startswith("{") else {}
+            last = json.loads(line) | last if line.startswith("{") else last
+        if "eval/return" in last:
+            break
     return last
 
 
 def clock(seconds):
     """Seconds as h:mm:ss."""
-    return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def row(run, state):

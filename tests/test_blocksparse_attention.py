@@ -219,6 +219,15 @@ def test_logits_that_leave_the_range_of_exp(shifts, size, backend):
     close(ours, exact, 2e-5)
 
 
+@pytest.mark.parametrize("row", [5, 21, 37, 60])
+def test_one_query_alone_that_leaves_the_range_of_exp(row, backend):
+    """In any block and any place of a group of whole rows."""
+    mask = ~torch.eye(4, dtype=torch.bool).to(DEVICE)
+    x = inputs(1, 1, 1, 64, 64, 16, torch.float32)
+    x[1][..., 0], x[0][..., row, 0] = 1, 110
+    compare(backend, BlockLayout.from_mask(mask, 16), pairs(mask, 16, 64, 64), x, 2e-5, scale=1.0)
+
+
 @pytest.mark.parametrize("logit", [-1000, 1000])
 def test_logits_far_from_those_of_what_is_not_there(logit, backend):
     """A key beyond the lengths or the end has a score of 0 before it is masked, and exp(0 + 1000) is inf."""
@@ -339,6 +348,19 @@ def test_strides(backend):
     ours = torch.autograd.grad(attention(*x, layout, backend=backend).sum(), x)
     x = [y.detach().double().requires_grad_() for y in (q, k, v)]
     close(ours, torch.autograd.grad(dense(*x, live)[0].sum(), x))
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("kind", {EXACT, torch.float32})  # oneDNN, where it multiplies, takes float32 alone
+def test_rows_that_overlap(full, kind, backend):
+    """Windows of a sequence as features, and others with their dimensions exchanged."""
+    windows = torch.randn(1, 1, 79).to(DEVICE, kind).unfold(2, 16, 1)
+    across = torch.randn(1, 1, 96).to(DEVICE, kind).unfold(2, 64, 2)[:, :, :16].mT
+    mask = torch.ones(4, 4, dtype=torch.bool).to(DEVICE)
+    mask = mask if full else mask.tril()
+    for x in (windows, across):
+        dlse = inputs(1, 1, 1, 64, 64, 16, kind)[4]
+        compare(backend, BlockLayout.from_mask(mask, 16), pairs(mask, 16, 64, 64), (x, x, x, x, dlse), 2e-5)
 
 
 # ---- against what PyTorch has ----------------------------------------------------------------------------------------
@@ -957,6 +979,22 @@ def test_kernels_compile_without_a_gpu(capability, dtype, d, b, precision, tmp_p
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
+def test_the_least_of_the_times_that_count():
+    """In turn, each right after a call of its own that does not count."""
+    calls = []
+
+    def contender(name, *lengths):
+        def call():
+            calls.append(name)
+            time.sleep(lengths[calls.count(name) - 1])
+
+        return call
+
+    one, other = contender("one", 0, 0.02, 0, 0.4), contender("other", 0.4, 0.01, 0.4, 0.4)
+    a, b = bs.seconds([one, other], 2, torch.device("cpu"))
+    assert calls == ["one", "one", "other", "other"] * 2 and 0.02 <= a < 0.3 and 0.01 <= b < 0.3
+
+
 def test_the_header_agrees_with_requirements():
     header = FILE.read_text().split("# ///")[1]
     for floor in re.findall(r'"([^"]+)"', re.search(r"dependencies = (.*)", header).group(1)):

@@ -245,10 +245,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(copied):
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(copied):
     path, folder = copied
-    before = rows(folder), (folder / "result.json").read_text()
-    process = run(path, "--resume", "--run-dir", folder)
-    assert process.returncode == 0 and "600 of 600" in process.stderr
-    assert before == (rows(folder), (folder / "result.json").read_text())
+    config = json.loads((folder / "config.json").read_text()) | {"commit": "that made it", "command": ["as typed"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    before = rows(folder), *((folder / f"{name}.json").read_text() for name in ("result", "config"))
+    for flags in ((), ("--total-timesteps", "300")):
+        process = run(path, "--resume", "--run-dir", folder, *flags)
+        assert process.returncode == 0 and "600 of " in process.stderr
+        assert before == (rows(folder), *((folder / f"{name}.json").read_text() for name in ("result", "config")))
 
 
 def test_resuming_takes_the_flags_of_the_run_and_those_typed(copied):

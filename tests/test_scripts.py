@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -472,6 +473,22 @@ def test_saved_curves_draw_the_same_figure(tmp_path, capsys):
     assert (draw(tmp_path, raw, smooth=3) == drawn).all()
 
 
+def test_a_file_of_another_make_has_no_fingerprint(tmp_path, monkeypatch):
+    """One without the banners of the plumbing, or that is not Python, at the commit that its run was made at."""
+    texts = {"plain": "import torch\n", "broken": "def (\n" + blocks.BEGIN.decode() + "\n" + blocks.END.decode() + "\n"}
+    (tmp_path / "algos").mkdir()
+    for algo, text in texts.items():
+        (tmp_path / "algos" / f"{algo}.py").write_text(text)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(plot, "__file__", str(tmp_path / "algos" / "plot.py"))  # from where it asks git
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True).strip()
+    for algo in texts:
+        run = SimpleNamespace(config={"algo": algo, "commit": head}, rows=[])
+        assert plot.code(run) is None
+
+
 def test_plot_errors(tmp_path, capsys):
     def error(match, *paths, **flags):
         with pytest.raises(SystemExit, match=match):
@@ -491,6 +508,8 @@ def test_plot_errors(tmp_path, capsys):
     capsys.readouterr()
     error("runs of sac on A-v0 share no step", tmp_path)
     assert "warning: sac on A-v0 has runs with the same seed" in capsys.readouterr().err
+    error("--save would make one run of several: sac on A-v0", tmp_path, save=tmp_path / "saved.jsonl")
+    assert not (tmp_path / "saved.jsonl").exists()
     (tmp_path / "two" / "config.json").write_text("{}")
     error("is not the config of a run", tmp_path)
 
@@ -588,8 +607,8 @@ def test_blocks_write(tmp_path):
         (b"LIMIT = 3\n", b"LIMIT = 3\n\n# Loose.\n", "line 5: what stands in the plumbing must belong"),
         (b"class Two", b"class one", "line 12: one stands twice"),
         (b"return 1", b"return 1)", "line 9: unmatched"),
-        (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 302, None),
-        (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 303, "316 lines inside of the plumbing; 315 are the most"),
+        (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 304, None),
+        (b"LIMIT = 3\n", b"LIMIT = 3\n" + b"\n" * 305, "318 lines inside of the plumbing; 317 are the most"),
         (b"print(os)\n", b"print(os)\n" * 339, None),
         (b"print(os)\n", b"print(os)\n" * 340, "341 lines outside of the plumbing; 340 are the most"),
     ],

@@ -87,9 +87,10 @@ def test_what_was_cut_off_is_left_out(speed, tmp_path, capsys):
     rows = [*speed.read(file)]
     assert rows == whole and "last line of" in capsys.readouterr().err
     assert len(speed.summary(rows)) == 1
-    file.write_text("torn\n" + json.dumps(whole[0]))
-    with pytest.raises(SystemExit, match="line 1 is no measurement"):
-        [*speed.read(file)]
+    for line in ("torn", '{"algo": "sac", "step": 1}', "[1, 2]", json.dumps(whole[0] | {"case": "sac-nowhere"})):
+        file.write_text(f"{line}\n{json.dumps(whole[0])}")
+        with pytest.raises(SystemExit, match="line 1 is no measurement"):
+            [*speed.read(file)]
 
 
 def test_a_folder_with_a_space(speed):

@@ -11,6 +11,7 @@ import sys
 import time
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load, rows
@@ -96,6 +97,25 @@ def test_a_file_says_the_same(tmp_path, ending):
     assert set(runs) == hidden | {"CartPole-v1__dqn__5", "CartPole-v1__dqn__6"}
 
 
+# ---- what the table says ---------------------------------------------------------------------------------------------
+def test_seconds_as_a_clock():
+    assert [sweep.clock(x) for x in (0, 59.4, 59.6, 3599.8, 90061)] == [
+        "0:00:00", "0:00:59", "0:01:00", "1:00:00", "25:01:01"
+    ]  # fmt: skip
+
+
+def test_an_evaluation_is_told_until_the_next(tmp_path):
+    """Two thousand short episodes after it."""
+    run = SimpleNamespace(folder=tmp_path / "run", total=10_000)
+    run.folder.mkdir()
+    lines = [{"step": 100, "wall": 1.5, "eval/return": 7.0, "eval/length": 50.0}]
+    lines += [
+        {"step": 101 + n, "wall": 2.0 + n / 9, "episode/return": n / 7, "episode/length": 20} for n in range(2000)
+    ]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sweep.row(run, "running")[2:5:2] == ("2,100 / 10,000", "7.0")
+
+
 # ---- what is refused before anything starts --------------------------------------------------------------------------
 def test_the_nearest_match_is_named(tmp_path):
     here = {"run_dir": tmp_path / "none"}
@@ -108,6 +128,7 @@ def test_the_nearest_match_is_named(tmp_path):
     refused("needs the values", algos=("ppo",), set=(("clip-coef",),), **here)
     refused("--set hidden .*: No closing quotation", algos=("ppo",), set=(("hidden", '"64'),), **here)
     refused("take --seeds", algos=("ppo",), set=(("seed", "1"),), **here)
+    refused("--set gamma is given twice", algos=("ppo",), set=(("gamma", "0.9"), ("gamma", "0.8")), **here)
     refused("--algos is missing", **here)
     assert not here["run_dir"].exists()
 
@@ -119,6 +140,7 @@ def test_the_nearest_match_is_named(tmp_path):
         ("algos: [ppo]\nenv: [Hopper-v4]", "has env: a grid has"),
         ("seeds: [1]", "is no grid, which has algos"),
         ("- ppo", "is no grid"),
+        ("seeds: [1, 2]\nset: {gamma: 0.9}\ngrid: [{algos: ppo}]", "has seeds, set beside grid: say it inside"),
         ("algos: [ppo]\nset: [gamma]", "is no grid"),
         ("grid: [{algos: ppo, set: {gamma: 0.9}}, {algos: ppo, set: {gamma: 0.8}}]", "two runs would share"),
     ],
