@@ -1,61 +1,71 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "numpy>=2", "gymnasium[mujoco]>=1.4,<2", "mujoco<5", "tyro>=1,<2", "tqdm>=4.66"]
+# dependencies = [
+#     "torch>=2.11",
+#     "numpy>=2",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco<5",
+#     "tyro>=1,<2",
+#     "tqdm>=4.66",
+# ]
 # ///
-"""Deep Q-Network (DQN): Q-learning with a network, made stable by a memory and by a target that lags behind.
+"""Deep Q-Network (DQN): Q-learning with a network, kept stable by a memory and a target network.
 
-The network learns the return of each action from its own estimate of what comes after. Sampling from a memory breaks
-the correlation of what follows in time; a copy of the network that lags behind keeps the target from running off.
+The network learns the return of every action from its own estimate of what comes after. Sampling
+from a memory breaks the correlation of consecutive steps. A copy of the network that is renewed
+now and then keeps the target still in between.
 
-Mnih et al. 2015, "Human-level control through deep reinforcement learning", https://doi.org/10.1038/nature14236
-van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning", https://arxiv.org/abs/1509.06461
-Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning", https://arxiv.org/abs/1511.06581
-Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", https://arxiv.org/abs/2407.04811
+Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518
+--double: van Hasselt et al. 2016, "Deep Reinforcement Learning with Double Q-learning",
+arXiv 1509.06461
+--dueling: Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement Learning",
+arXiv 1511.06581
+--layer-norm: Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", arXiv 2407.04811
 
-    action values Q, their target Q', replay memory D; |A| actions
-    for each environment step t:
-        epsilon falls linearly from start_e to end_e over the first `exploration_fraction` of all steps          (1)
-        a = argmax_a Q(s, a), but uniform with probability epsilon
-        step the environment and store (s, a, r, d, s') in D: d is 1 where it terminated, 0 where time cut it short
-        at every `train_frequency`-th step after the first `learning_starts`, on a batch of D:
-            y = r + gamma (1 - d) max_a' Q'(s', a')                                                              (2)
-            y = r + gamma (1 - d) Q'(s', argmax_a' Q(s', a'))   under --double                                   (3)
-            Q descends                    mean huber(Q(s, a) - y), square up to 1 / (1 - gamma)                  (4)
-        at every `target_network_frequency`-th step after these:
-            Q' moves to                   Q' + tau (Q - Q')                                                      (5)
+    Action values Q, target Q', memory D.
+    For each environment step:
+        Act with a = argmax_a Q(s, a), or at random with probability epsilon. Epsilon falls
+        linearly from start_e to end_e over the first `exploration_fraction` of the run.         (1)
+        Store (s, a, r, d, s') in D; d is 1 only where the episode terminated.
+        After `learning_starts`, every `train_frequency` steps, on a batch from D:
+            y = r + gamma (1 - d) max_a' Q'(s', a')                                              (2)
+            Q minimises            mean huber(Q(s, a) - y)                                       (3)
+            With --double:  y = r + gamma (1 - d) Q'(s', argmax_a' Q(s', a'))                    (4)
+        After `learning_starts`, every `target_network_frequency` steps:
+            Q' moves to            Q' + tau (Q - Q'), a copy of Q by default                     (5)
+    With --dueling:  Q(s, a) = V(s) + A(s, a) - mean_a A(s, a)                                   (6)
 
-    Q(s, a) = V(s) + A(s, a) - mean_a A(s, a), V and A outputs of one last layer, under --dueling                (6)
+Usage:
+    python algos/dqn.py --env-id CartPole-v1
+    python algos/dqn.py --resume --run-dir runs/...   # continue; saved flags are the defaults
+    from dqn import Args, load_policy, train          # from Python
 
-    python algos/dqn.py --env-id CartPole-v1           or, in Python:   from dqn import Args, load_policy, train
-    python algos/dqn.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
-
-Final, 10 seeds (95 %), beside CleanRL's training returns at 500k: CartPole-v1 at 60k steps 495 +- 10, 489; Acrobot-v1
-at 100k -78 +- 3, -92. CartPole-v1 with --compile and flags of scripts/speed.py at 11921 steps/s, SB3 3842, SBX 4127.
-
-Metrics: loss/critic (4); value/mean, Q of the last batch; explore/epsilon (1); episode/*, training episodes as they
-end; eval/*, greedy episodes; speed/sps, environment steps a second since the run began, everything included.
+@RESULTS@
 
 What matters beyond the equations:
- 1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
- 2. (1) is a function of the step, and reaches end_e at the step it should; each environment draws for itself.
- 3. The target moves by environment steps too, whatever `train_frequency` is, and not before learning starts. It
-    follows, as in DDPG, where the paper copies now and then: news of a reward goes back one step per pass through the
-    target, so 1 / (1 - gamma) steps take that many passes.
- 4. Q is the network's output times 1 / (1 - gamma), at most 1000, the return of endless rewards of 1: the weights stay
-    small, and (4) is square up to such an error, where the paper clips at 1. What counts as 1, in (2), is the mean size
-    of the rewards other than 0 that came before learning starts.
- 5. Hidden layers are normalised, which helps to keep (2) from diverging (Gallici et al.), and the learning rate falls
-    to 0 over the run.
- 6. Observations are vectors, for an MLP: the papers' are frames, for convolutions, with rewards clipped to +-1, and
-    (6) has hidden layers of its own for V and for A.
- 7. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step. Those
-    of one round of the environments come together, and then the target's moves.
- 8. Checkpoints begin new episodes, seeded by (seed, step), in every run: killed and resumed, it is bit-equal on a CPU.
+ 1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
+    episode, not the first observation of the next one.
+ 2. The Huber loss is quadratic up to an error of 1 and linear beyond, like the paper's clipped
+    error.
+ 3. Epsilon is a function of the step. Every environment draws for itself.
+ 4. The target moves by environment steps, not by gradient steps, and only after learning starts.
+ 5. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of
+    gradient steps per step.
+ 6. Three flags go beyond the paper. --layer-norm normalises every hidden layer, which keeps (2)
+    from diverging. --anneal-lr decreases the learning rate to 0. --scale-values lets the network
+    output Q in units of the mean reward times 1 / (1 - gamma), so its weights stay small whatever
+    the rewards; the loss is then quadratic up to an error of one such unit.
+ 7. Observations are vectors. The paper's are images, which need convolutions, and it clips rewards
+    to [-1, 1].
+ 8. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
+    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+
+Metrics: loss/critic (3); value/mean, Q of the last batch; explore/epsilon (1); episode/* for
+training episodes; eval/* for greedy evaluation; speed/sps, environment steps per second.
 """
 
 # Shapes: B batch, N environments, O observation, A actions to choose from.
 
-import importlib
 import json
 import math
 import os
@@ -68,120 +78,170 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args, get_origin
-from unittest import mock
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 ALGO = "dqn"
+
+
+class Range(NamedTuple):
+    """The values that a flag may have, checked by `check_flags`."""
+
+    low: float
+    high: float
+    text: str
+
+
+Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
+Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
+Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
+Share = Annotated[float, Range(1e-99, 1, "above 0 and at most 1")]
+Widths = Annotated[tuple[int, ...], Range(1, 10**18, "from 1 to 1e18")]
 
 
 @dataclass
 class Args:
     """Deep Q-Network. A step is one step of one environment."""
 
-    learning_starts: int = 1_000  # steps before learning begins
-    buffer_size: int = 100_000  # transitions in the replay memory
-    batch_size: int = 128  # transitions in a gradient step
-    train_frequency: int = 2  # environment steps per gradient step
-    gamma: float = 0.99  # discount
-    tau: float = 0.03  # how far the target moves when it does
-    target_network_frequency: int = 2  # environment steps between moves of the target
-    learning_rate: float = 5e-4  # of the network
-    anneal_lr: bool = True  # let the learning rate fall to 0 over the run
-    start_e: float = 1.0  # probability of a random action at step 0
-    end_e: float = 0.05  # the same at the end of its fall
-    exploration_fraction: float = 0.1  # share of all steps that this fall takes
-    double: bool = False  # choose the target's action by the network, not by its target
-    dueling: bool = False  # sum the action values from a state value and advantages
-    layer_norm: bool = True  # normalise each hidden layer, before its non-linearity
-    hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers
-    activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # non-linearity between layers
+    learning_starts: Steps = 1_000  # steps before learning begins
+    buffer_size: Count = 100_000  # transitions in the replay memory
+    batch_size: Count = 128  # transitions per gradient step
+    train_frequency: Count = 2  # environment steps per gradient step
+    gamma: Fraction = 0.99  # discount factor
+    tau: Share = 1.0  # step size of the target; 1 copies the network
+    target_network_frequency: Count = 500  # environment steps between moves of the target
+    learning_rate: Positive = 5e-4  # learning rate
+    start_e: Fraction = 1.0  # probability of a random action at step 0
+    end_e: Fraction = 0.05  # probability of a random action after its decrease
+    exploration_fraction: Fraction = 0.1  # share of the run during which the probability decreases
+    double: bool = False  # let the network, not its target, choose the action in the target
+    dueling: bool = False  # compose action values from a state value and advantages
+    layer_norm: bool = False  # normalise every hidden layer before its nonlinearity
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
+    scale_values: bool = False  # learn values in units of the mean reward times 1 / (1 - gamma)
+    hidden: Widths = (128, 128)  # widths of the hidden layers
+    activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # nonlinearity between layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: int = 1  # of everything random
-    total_timesteps: int = 1_000_000  # environment steps, all environments together
-    num_envs: int = 1  # environments side by side
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one
-    threads: int = 1  # CPU threads of torch
-    run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # go on from the last checkpoint in --run-dir
-    eval_every: int = 10_000  # steps between evaluations; 0 for none, not even at the end
-    eval_episodes: int = 10  # episodes in an evaluation
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
-    capture_video: bool = False  # film an episode of every evaluation into videos/
+    seed: Steps = 1  # seed of everything random
+    total_timesteps: Count = 1_000_000  # environment steps, summed over environments
+    num_envs: Count = 1  # environments stepped in turn
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
+    threads: Count = 1  # CPU threads of torch; use 1 where other runs share the machine
+    run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # continue from the last checkpoint in --run-dir
+    eval_every: Steps = 10_000  # steps between evaluations; 0 for none
+    eval_episodes: Count = 10  # episodes per evaluation
+    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
+    capture_video: bool = False  # film one episode of every evaluation into videos/
     compile: bool = False  # compile the update, gradients and optimizers included
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
-ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "tanh": nn.Tanh(), "elu": nn.ELU(inplace=True), "silu": nn.SiLU()}
-IN_NUMPY = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
-IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
+ACTIVATIONS = {
+    "relu": nn.ReLU(inplace=True),
+    "tanh": nn.Tanh(),
+    "elu": nn.ELU(inplace=True),
+    "silu": nn.SiLU(),
+}
 
 
 def mlp(sizes, activation, layer_norm):
-    """Layers of `sizes` with `activation` between them: [..., sizes[0]] -> [..., sizes[-1]]."""
+    """Fully connected network: [..., sizes[0]] -> [..., sizes[-1]]."""
     layers = []
-    for i, o in zip(sizes, sizes[1:]):
-        norm = [nn.LayerNorm(o, elementwise_affine=False)] if layer_norm else []
-        layers += [nn.Linear(i, o), nn.Sequential(*norm, ACTIVATIONS[activation])]
-    return nn.Sequential(*layers[:-1])
-
-
-def standardize(x):
-    """In numpy what nn.LayerNorm does: x [..., W] -> the same with mean 0 and variance 1."""
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    for size_in, size_out in pairwise(sizes):
+        layers.append(nn.Linear(size_in, size_out))
+        if layer_norm:
+            layers.append(nn.LayerNorm(size_out, elementwise_affine=False))
+        layers.append(ACTIVATIONS[activation])
+    count_after_last_linear = 2 if layer_norm else 1
+    return nn.Sequential(*layers[:-count_after_last_linear])
 
 
 class QNetwork(nn.Module):
-    """obs [..., O] -> action values [..., A]."""
+    """Action values Q: obs [..., O] -> [..., A]."""
 
-    def __init__(self, obs_dim, actions, hidden, activation, dueling, layer_norm, scale):
+    def __init__(self, args, spaces):
         super().__init__()
-        self.init = {"obs_dim": obs_dim, "actions": actions, "hidden": hidden, "activation": activation}
-        self.init |= {"dueling": dueling, "layer_norm": layer_norm, "scale": scale}
-        self.dueling, self.layer_norm, self.scale = dueling, layer_norm, scale
-        self.net = mlp((obs_dim, *hidden, actions + dueling), activation, layer_norm)
+        self.actions = spaces.act_dim
+        self.dueling = args.dueling
+        self.end_e = args.end_e
+        self.scale = horizon(args.gamma) if args.scale_values else 1.0
+        outputs = self.actions + 1 if args.dueling else self.actions
+        sizes = (spaces.obs_dim, *args.hidden, outputs)
+        self.net = mlp(sizes, args.activation, args.layer_norm)
 
     def forward(self, obs):
-        q = self.scale * self.net(obs)
-        return dueling_values(q[..., :1], q[..., 1:]) if self.dueling else q
+        out = self.scale * self.net(obs)
+        if self.dueling:
+            return dueling_values(out[..., :1], out[..., 1:])
+        return out
 
-    def in_numpy(self):
-        """The network of now as a function of arrays, faster on few rows: obs [..., O] -> argmax_a Q(s, a) [...]."""
-        state = {name: x.cpu().numpy() for name, x in self.state_dict().items()}
-        *hidden, last = [(state[f"net.{i}.weight"].T, state[f"net.{i}.bias"]) for i in range(0, len(self.net), 2)]
-        activate = IN_NUMPY[self.init["activation"]]
+    def to_numpy(self):
+        """The current greedy policy in numpy, which is faster for a few rows.
+
+        Returns a function: obs [..., O] -> argmax_a Q(s, a) [...].
+        """
+        net = numpy_mlp(self.net)
 
         def greedy(obs):
-            x = np.asarray(obs, np.float32)
-            for weight, bias in hidden:
-                x = x @ weight + bias
-                x = activate(standardize(x) if self.layer_norm else x)
-            return (x @ last[0] + last[1])[..., self.dueling :].argmax(-1)  # V(s) is the same for all
+            out = net(np.asarray(obs, np.float32))
+            if self.dueling:
+                out = out[..., 1:]  # V(s) and the mean advantage are the same for all actions
+            return out.argmax(-1)
 
         return greedy
 
-    def act(self, obs, epsilon=0.0):
-        """In numpy, greedy but with probability epsilon: obs [..., O] -> action [...]."""
-        return epsilon_greedy(self.in_numpy()(obs), epsilon, self.init["actions"])
+    def act(self, obs, deterministic=True):
+        """Observations [..., O] -> actions [...], both numpy arrays; greedy, or with end_e."""
+        epsilon = 0.0 if deterministic else self.end_e
+        return epsilon_greedy(self.to_numpy()(obs), epsilon, self.actions)
+
+
+def horizon(gamma):
+    """The return of endless rewards of 1, at most 1000."""
+    return 1 / max(1 - gamma, 1e-3)
+
+
+def linear_schedule(start, end, duration, step):
+    """(1): from `start` at step 0 to `end` at step `duration`, then constant."""
+    return start + (end - start) * min(step / max(duration, 1), 1.0)
 
 
 def epsilon_greedy(action, epsilon, actions):
-    """Each of action [...] as it is, or with probability epsilon one of all `actions`."""
-    if epsilon == 0:  # and no random number is drawn: evaluation leaves training alone
-        return action
+    """(1): each of action [...], or with probability epsilon any of `actions`."""
+    if epsilon == 0:
+        return action  # without drawing: an evaluation must not change the numbers of training
     explore, choice = torch.rand(2, *action.shape).numpy()
     return np.where(explore < epsilon, (choice * actions).astype(int), action)
+
+
+def q_target(reward, terminated, next_q, gamma):
+    """(2), (4): next_q of the chosen action and the others [B] -> y [B]."""
+    return reward + gamma * (1 - terminated) * next_q
+
+
+def critic_loss(q, y, delta):
+    """(3): q [B], y [B] -> scalar. Quadratic up to an error of delta."""
+    return nn.functional.huber_loss(q, y, delta=delta)
+
+
+@torch.no_grad()
+def polyak_update(target, source, tau):
+    """(5): move the parameters of `target` towards those of `source`."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 def dueling_values(value, advantage):
@@ -189,448 +249,989 @@ def dueling_values(value, advantage):
     return value + advantage - advantage.mean(-1, keepdim=True)
 
 
-def linear_schedule(start, end, duration, step):
-    """(1): from `start` at step 0 to `end` at step `duration`, and from there on."""
-    return start + (end - start) * min(step / max(duration, 1), 1.0)
-
-
-def q_target(reward, terminated, next_q, gamma):
-    """(2), (3): next_q, of the action chosen, and the others [B] -> y [B]."""
-    return reward + gamma * (1 - terminated) * next_q
-
-
-def critic_loss(q, y, delta):
-    """(4): q [B], y [B] -> scalar; square up to an error of `delta`."""
-    return nn.functional.huber_loss(q, y, delta=delta)
+def descend(optimizer, loss):
+    """One step of `optimizer`. Parameters that it does not hold get no gradient."""
+    optimizer.step(torch.autograd.grad(loss, optimizer.parameters_held))
 
 
 class Agent(nn.Module):
-    """All that learns."""
+    """Everything that learns."""
 
-    def __init__(self, args, obs_dim, actions, device):
+    def __init__(self, args, spaces):
         super().__init__()
-        self.args, self.columns = args, (obs_dim, 1, 1, 1, obs_dim)  # of a batch
-        self.horizon = 1 / max(1 - args.gamma, 1e-3)  # the return of rewards of 1, at most 1000
-        self.register_buffer("unit", torch.ones(()))  # what Q counts as a reward of 1
-        flags = args.hidden, args.activation, args.dueling, args.layer_norm
-        critic = partial(QNetwork, obs_dim, actions, *flags, self.horizon)
-        self.critic, self.target = critic(), critic().requires_grad_(False)
+        self.args = args
+        self.spaces = spaces
+        self.critic = QNetwork(args, spaces)
+        self.target = QNetwork(args, spaces)
         self.target.load_state_dict(self.critic.state_dict())
-        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
-        self.optimizer = Adam(self.critic.parameters(), rate)
-        self.to(device)
+        self.target.requires_grad_(False)
+        self.delta = horizon(args.gamma) if args.scale_values else 1.0
+        self.register_buffer("reward_unit", torch.ones(()))
+        # As a tensor, the learning rate can change inside a CUDA graph.
+        self.optimizer = Adam(self.critic.parameters(), torch.tensor(args.learning_rate))
+
+    @property
+    def actor(self):
+        """The policy: greedy with respect to Q."""
+        return self.critic
+
+    def set_reward_unit(self, rewards):
+        """--scale-values: take the mean size of the rewards other than 0 as the unit."""
+        size = rewards[rewards != 0].abs().mean()
+        self.reward_unit.fill_(size.nan_to_num(1.0))  # 1 if there are none
 
     def update(self, batch):
-        """A gradient step on rows (s, a, r, d, s') [B, 2 O + 3]; returns scalar tensors to log."""
-        obs, action, reward, terminated, next_obs = batch.split(self.columns, -1)
+        """One gradient step; `batch` as in `train`. Returns scalar tensors to log."""
+        next_obs = batch["next_obs"]
         with torch.no_grad():
             next_q = self.target(next_obs)  # [B, A]
-            choice = (self.critic(next_obs) if self.args.double else next_q).argmax(-1, keepdim=True)  # [B, 1]
-            next_q, reward = next_q.gather(-1, choice), reward / self.unit
-            y = q_target(reward[:, 0], terminated[:, 0], next_q[:, 0], self.args.gamma)  # (2), (3)
-        q = self.critic(obs).gather(-1, action.long())[:, 0]  # [B]
-        loss = critic_loss(q, y, self.horizon)
-        self.optimizer.step(torch.autograd.grad(loss, self.optimizer.weights))  # (4)
-        return {"loss/critic": loss.detach(), "value/mean": q.detach().mean() * self.unit}
-
-    @torch.no_grad()
-    def move_target(self):
-        """(5)"""
-        torch._foreach_lerp_([*self.target.parameters()], [*self.critic.parameters()], self.args.tau)
+            chooser = self.critic(next_obs) if self.args.double else next_q
+            choice = chooser.argmax(-1, keepdim=True)  # [B, 1]
+            next_q = next_q.gather(-1, choice).squeeze(-1)
+            reward = batch["reward"] / self.reward_unit
+            y = q_target(reward, batch["terminated"], next_q, self.args.gamma)  # (2), (4)
+        q = self.critic(batch["obs"])  # [B, A]
+        q = q.gather(-1, batch["action"].long().unsqueeze(-1)).squeeze(-1)
+        loss = critic_loss(q, y, self.delta)
+        descend(self.optimizer, loss)  # (3)
+        return {"loss/critic": loss.detach(), "value/mean": q.detach().mean() * self.reward_unit}
 
 
-# ==== plumbing: the same text in every file ===========================================================================
-def start(args, above_0, at_least_0, at_most_1):
-    """Check the flags, those that are numbers given by name, set threads and seed, and return the device."""
-    above_0 += " total_timesteps num_envs threads eval_episodes"
-    at_least_0 += " seed eval_every checkpoint_every"
-    others = {float: float | int, float | None: float | int | None, tuple[int, ...]: tuple | list}
-    for name, kind in type(args).__annotations__.items():  # to which a command line is held, but no notebook
-        value, fits = getattr(args, name), others.get(kind, kind)
-        odd = {*map(type, value)} - {int} if isinstance(value, tuple | list) else isinstance(value, np.generic)
-        if odd or not (value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, fits)):
-            sys.exit(f"error: {name} is {value!r}, and must be of {kind}")
-    rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
-    for names, least, most, rule in rules:
-        values = {n: np.atleast_1d(getattr(args, n)) for n in names.split() if getattr(args, n) is not None}
-        if bad := [n for n, x in values.items() if not all((least <= x) & (x <= most))]:
-            sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
+def train(args):
+    """Train DQN; returns the last value of every metric. Bad flags raise InputError."""
+    device = check_flags(args)
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    spaces = read_spaces(envs[0], "discrete")
+    agent = Agent(args, spaces).to(device)
+    memory = Replay(
+        args.buffer_size,
+        args.num_envs,
+        device,
+        obs=(spaces.obs_dim,),
+        action=(),
+        reward=(),
+        terminated=(),
+        next_obs=(spaces.obs_dim,),
+    )
+    run = Run(args, envs, agent=agent, memory=memory)  # opens the folder, restores a checkpoint
+    update = accelerate(agent.update, args, device)  # --compile, CUDA graphs
+
+    obs = run.reset_envs()
+    greedy = agent.critic.to_numpy()
+    metrics = {}
+    for step in run.steps(args.num_envs):
+        # Act (1).
+        duration = args.exploration_fraction * args.total_timesteps
+        epsilon = linear_schedule(args.start_e, args.end_e, duration, step)
+        action = epsilon_greedy(greedy(obs), epsilon, spaces.act_dim)
+        next_obs, reward, terminated, ended = run.step_envs(action)
+        memory.add(obs=obs, action=action, reward=reward, terminated=terminated, next_obs=next_obs)
+        obs = run.reset_ended(next_obs, ended)
+
+        # Learn every `train_frequency` steps; move the target every `target_network_frequency`.
+        if args.scale_values and step - args.num_envs <= args.learning_starts < step:
+            agent.set_reward_unit(memory.data["reward"][: len(memory)])
+        if args.anneal_lr:
+            agent.optimizer.lr.fill_(
+                linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
+            )
+        for _ in run.updates_due(1, args.learning_starts, args.train_frequency):
+            metrics = update(memory.sample(args.batch_size))
+        for _ in run.updates_due(1, args.learning_starts, args.target_network_frequency):
+            polyak_update(agent.target, agent.critic, args.tau)  # (5)
+        greedy = agent.critic.to_numpy()
+
+        # Log, evaluate, checkpoint.
+        if run.due(1000):
+            speed = run.steps_per_second()
+            run.log(metrics | {"explore/epsilon": epsilon, "speed/sps": speed})
+        if run.due(args.eval_every):
+            evaluate(run, agent.actor)
+        if run.save_due():
+            run.save()
+            if run.interrupted:
+                break
+            obs = run.reset_envs()
+            metrics = {}
+    return run.finish()
+
+
+# ==== Plumbing: identical in every file. The algorithm ends here. =================================
+
+
+class InputError(ValueError):
+    """Bad input, described in one sentence that says what to do."""
+
+
+class Spaces(NamedTuple):
+    """Sizes of observations and actions, and the bounds of actions."""
+
+    obs_dim: int
+    act_dim: int  # dimensions of an action, or the number of actions to choose from
+    low: list | None  # bounds of every dimension; None if actions are discrete
+    high: list | None
+
+
+def check_flags(args):
+    """Check all flags, set threads and seed; returns the device. Raises InputError."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        check_flag("--" + name.replace("_", "-"), getattr(args, name), hint)
     if args.resume and not args.run_dir:
-        sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
+        raise InputError("--resume needs --run-dir, the folder of the run to continue")
     if getattr(args, "learning_starts", 0) >= args.total_timesteps:
-        print("warning: nothing is learnt: --learning-starts is not below --total-timesteps", file=sys.stderr)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
-    device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
+        print(
+            "warning: --learning-starts is not below --total-timesteps, so nothing is learned",
+            file=sys.stderr,
+        )
+    if int(os.environ.get("RANK", 0)) > 0 and not distributed.is_initialized():
+        raise InputError(f"{ALGO} runs in one process: start it without torchrun")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
+    # Adam's moments of a dead unit decay into denormal numbers, which are slow on a CPU.
+    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
+    return find_device(args.device)
+
+
+def check_flag(flag, value, hint):
+    """Raise InputError unless `value` has the type and the range of the annotation `hint`."""
+    if get_origin(hint) in (Union, UnionType):  # an optional flag
+        if value is not None:
+            check_flag(flag, value, get_args(hint)[0])
+        return
+    bounds = None
+    if get_origin(hint) is Annotated:
+        bounds = hint.__metadata__[0]
+        hint = hint.__origin__
+
+    # tyro checks types on the command line; this covers calls from Python.
+    if get_origin(hint) is Literal:
+        has_type = value in get_args(hint)
+        type_name = "one of " + ", ".join(get_args(hint))
+    elif get_origin(hint) is tuple:
+        has_type = isinstance(value, tuple | list) and all(type(item) is int for item in value)
+        type_name = "a tuple of int"
+    else:
+        has_type = type(value) is hint or (hint is float and type(value) is int)
+        type_name = f"of type {hint.__name__}"
+    if not has_type:
+        raise InputError(f"{flag} is {value!r}; it must be {type_name}")
+
+    if bounds is not None:
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if not all(bounds.low <= number <= bounds.high for number in numbers):
+            raise InputError(f"{flag} is {value}; it must be {bounds.text}")
+
+
+def find_device(name):
+    """The torch device that --device names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs capture on the current device's stream
     return device
 
 
-def make_env(args, film=None):
-    """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
+def make_env(args, video_folder=None):
+    """Make an environment with flat observations [O]; films it if `video_folder` is given."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
-    film and sys.platform == "linux" and not os.environ.get("DISPLAY") and os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
+    if video_folder is None:
+        env = gym.make(args.env_id)
+    else:
+        env = make_filmed_env(args.env_id, video_folder)
+
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise InputError(
+            f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
+        )
+    if env.spec.max_episode_steps is None:
+        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        env = gym.wrappers.TimeLimit(env, 27_000)
+    # Some environments write every observation into the same array, so copy it.
+    env = gym.wrappers.TransformObservation(env, np.copy, None)
+    # Some environments return the reward as an array of one element.
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
+    actions = env.action_space
+    if isinstance(actions, gym.spaces.Box) and actions.dtype != np.float32:
+        # float32 rounding can push an action outside float64 bounds, so clip.
+        env = gym.wrappers.TransformAction(
+            env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), None
+        )
+    # The usual key, "episode", may be taken by the environment.
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)
+
+
+def make_filmed_env(env_id, video_folder):
+    """Make an environment that films every episode into `video_folder`."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
-        film and env.reset() and env.render()  # which would fail at the first evaluation
-    except Exception as error:  # of which each library that draws has its own
-        film and sys.exit(f"error: cannot film {args.env_id}: {error!r}: leave out --capture-video, or set MUJOCO_GL")
-        raise
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
-    env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
-    env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
-    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
-    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())  # some give an array of one
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        env.render()  # if rendering fails, fail now and not at the first evaluation
+    except Exception as error:  # every rendering library raises exceptions of its own
+        raise InputError(
+            f"cannot film {env_id} ({error!r}): leave out --capture-video, or set MUJOCO_GL"
+        ) from error
+    return gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True)
+
+
+ACTION_SPACES = {
+    "discrete": "Discrete(n) with actions counted from 0",
+    "bounded box": "a flat Box of floats with finite bounds",
+    "box or discrete": "a flat Box of floats, or Discrete(n) with actions counted from 0",
+}
+
+
+def read_spaces(env, supported):
+    """The Spaces of an environment. `supported` is a key of ACTION_SPACES."""
+    obs_dim = env.observation_space.shape[0]
     space = env.action_space
-    if isinstance(space, gym.spaces.Box) and space.dtype != np.float32:  # out of whose bounds a float32 may be rounded
-        env = gym.wrappers.TransformAction(env, lambda a: a.astype(space.dtype).clip(space.low, space.high), None)
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)  # its own key, episode, may be taken
+    if "discrete" in supported and isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return Spaces(obs_dim, int(space.n), None, None)
+    if "box" in supported and isinstance(space, gym.spaces.Box):
+        flat = len(space.shape) == 1 and space.dtype.kind == "f"
+        bounded = all(0 < width < math.inf for width in (space.high - space.low).flat)
+        if flat and (bounded or supported != "bounded box"):
+            return Spaces(obs_dim, space.shape[0], space.low.tolist(), space.high.tolist())
+    raise InputError(f"{ALGO} needs actions in {ACTION_SPACES[supported]}, not {space}")
+
+
+class Replay:
+    """A ring of the last `capacity` transitions, one tensor per field."""
+
+    def __init__(self, capacity, num_envs, device, **shapes):
+        """`shapes` maps the name of a field to the shape of one item, e.g. obs=(11,)."""
+        # With a multiple of num_envs, the items of one step never wrap around.
+        self.capacity = math.ceil(capacity / num_envs) * num_envs
+        self.device = device
+        self.added = 0
+        self.data = {}
+        for name, shape in shapes.items():
+            # numpy leaves the memory untouched, so pages that are never filled cost nothing.
+            array = np.empty((self.capacity, *shape), np.float32)
+            self.data[name] = torch.from_numpy(array).to(device)
+
+    def add(self, **items):
+        """Append one item per environment to every field: arrays [N, ...]."""
+        start = self.added % self.capacity
+        for name, value in items.items():
+            tensor = self.data[name]
+            if self.device.type == "cpu":
+                # Writing through numpy takes 2 microseconds, through torch 32.
+                tensor.numpy()[start : start + len(value)] = value
+            else:
+                tensor[start : start + len(value)] = torch.as_tensor(value, dtype=torch.float32)
+        self.added += len(value)
+
+    def __len__(self):
+        return min(self.added, self.capacity)
+
+    def sample(self, batch_size):
+        """Draw transitions uniformly with replacement -> dict of tensors [B, ...]."""
+        index = torch.randint(len(self), (batch_size,), device=self.device)
+        return {name: tensor.index_select(0, index) for name, tensor in self.data.items()}
+
+    def state_dict(self):
+        """The filled part of the ring."""
+        rows = {name: tensor[: len(self)].clone() for name, tensor in self.data.items()}
+        return {"added": self.added, "rows": rows}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` returned."""
+        self.added = state["added"]
+        for name, tensor in self.data.items():
+            tensor[: len(self)].copy_(state["rows"][name])
+
+
+def numpy_mlp(net):
+    """An nn.Sequential as a function of numpy arrays."""
+    layers = []
+    for module in net:
+        if isinstance(module, nn.Linear):
+            weight = module.weight.detach().cpu().numpy().T
+            bias = module.bias.detach().cpu().numpy()
+            layers.append(partial(numpy_linear, weight, bias))
+        elif isinstance(module, nn.Sequential):
+            layers.append(numpy_mlp(module))
+        else:
+            layers.append(NUMPY_LAYERS[type(module)])
+
+    def forward(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return forward
+
+
+def numpy_linear(weight, bias, x):
+    """nn.Linear in numpy; `weight` is transposed."""
+    return x @ weight + bias
+
+
+def numpy_elu(x):
+    """nn.ELU in numpy."""
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+
+def numpy_silu(x):
+    """nn.SiLU in numpy; with tanh, as exp would overflow."""
+    return x / 2 * (1 + np.tanh(x / 2))
+
+
+def numpy_layer_norm(x):
+    """nn.LayerNorm without parameters in numpy."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+
+NUMPY_LAYERS = {
+    nn.ReLU: partial(np.maximum, 0),
+    nn.Tanh: np.tanh,
+    nn.ELU: numpy_elu,
+    nn.SiLU: numpy_silu,
+    nn.LayerNorm: numpy_layer_norm,
+}
+
+
+# A resumed run may change these flags. All others must stay as they were.
+MAY_CHANGE = {
+    "total_timesteps",
+    "device",
+    "threads",
+    "run_dir",
+    "resume",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "track",
+    "capture_video",
+    "compile",
+    "cuda_graph",
+}
 
 
 class Run:
-    """A run folder: one writer, metrics.jsonl as the source of truth, checkpoints that outlive a kill at any moment."""
+    """A run folder and its progress: stepping, logging, checkpoints.
 
-    def __init__(self, args, actor, parts):
-        """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
-        if int(os.environ.get("RANK", 0)) > 0:  # where work is shared among ranks, this one has a Follower
-            sys.exit(f"error: {ALGO} is for one process: leave out torchrun, which ppo, trpo and vpg alone can use")
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-        while not args.run_dir and self.dir.exists():  # begun in the same second
-            self.dir = self.dir.with_name(f"{self.dir.name}-2")
-        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
+    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
+    nothing that was checkpointed.
+    """
+
+    def __init__(self, args, envs, **parts):
+        """Open or resume a folder. A checkpoint holds the `parts`; one of them is `agent`."""
+        self.args = args
+        self.envs = envs
+        self.parts = parts
+        self.total = args.total_timesteps
+        self.step = 0  # environment steps so far
+        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
+        self.first_env = 0  # the index of envs[0] among all environments
+        self.interrupted = False
+        self.last = {}  # last value of every metric
+
+        self.folder = choose_folder(args)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
-            importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
-        except BlockingIOError:
-            sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
-        except (OSError, ImportError) as error:  # some file systems cannot lock, and Windows has no fcntl
-            print(f"warning: {self.dir} cannot be locked ({error}): let no second process write to it", file=sys.stderr)
-        try:
-            self.begin(args)
+            lock(self.metrics_file, self.folder)
+            self.open()
         except BaseException:
-            self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def begin(self, args):
-        """Take up what the folder holds, if that is the same run, and make ready to log and to evaluate."""
-        flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
-        if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
-            sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
-        saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
-        token = saved.get("id") or os.urandom(4).hex()  # since a folder elsewhere may have the same name
-        saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
-        if changed := [f"{k} {saved.get(k)}" for k in fixed if flags[k] != saved.get(k) and k != "total_timesteps"]:
-            sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
+    def open(self):
+        """Check and restore what the folder holds, then prepare to evaluate and to log."""
+        args = self.args
+        path = self.folder / "config.json"
+        flags = json.loads(json.dumps(asdict(args)))  # as the file has them: lists for tuples
+        config = {"algo": ALGO, "args": flags, "command": sys.argv, "commit": git_commit()}
+        config["id"] = os.urandom(4).hex()  # tells apart folders of one name on two machines
+        if path.exists():
+            saved = json.loads(path.read_text())
+            config["id"] = saved.get("id") or config["id"]
+        else:
+            saved = config
+        self.check_saved_config(saved, flags, path.exists())
         self.restore()
-        versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
-        versions["python"] = sys.version.split()[0]
-        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        films = args.eval_every and args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
-        self.eval_envs = [make_env(args, film) for film in (films if args.eval_every else films[:1])]
-        if 0 < args.checkpoint_every < 10 * args.num_envs * self.eval_envs[0].spec.max_episode_steps:
-            print("warning: --checkpoint-every is under 10 episodes of each environment: it cuts them", file=sys.stderr)
-        self.mirror = lambda row: None
-        if args.track == "tensorboard":
-            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
-            self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
-        elif args.track != "none":
-            name = f"{self.dir.name}-{token}"  # a resumed run is the same run there
-            own = {"id": name, "reinit": "finish_previous"} if args.track == "wandb" else {}
-            tracker = importlib.import_module(args.track)
-            tracker.init(project="onefile", name=name, config=flags, resume="allow", **own)
-            self.mirror = lambda row: tracker.log(row, step=self.step)
-        (self.dir / "result.json").unlink(missing_ok=True)
-        if self.step < self.total:  # a run that is over keeps the flags, the command and the commit that made it
-            self.write("config.json", config | {"id": token, "versions": versions})
+
+        if args.eval_every:
+            videos = self.folder / "videos" if args.capture_video else None
+            self.eval_envs = [make_env(args, videos)]
+            self.eval_envs += [make_env(args) for _ in range(args.eval_episodes - 1)]
+        else:
+            self.eval_envs = []
+        episode_steps = self.envs[0].spec.max_episode_steps * args.num_envs
+        if 0 < args.checkpoint_every < 10 * episode_steps:
+            print(
+                "warning: every checkpoint cuts the episodes short, "
+                f"so set --checkpoint-every to at least 10 episodes, {10 * episode_steps}",
+                file=sys.stderr,
+            )
+        self.tracker = open_tracker(
+            args, self.folder, f"{self.folder.name}-{config['id']}", self.step
+        )
+        (self.folder / "result.json").unlink(missing_ok=True)
+        versions = {"python": sys.version.split()[0]}
+        for name in ("torch", "gymnasium", "mujoco"):
+            versions[name] = getattr(sys.modules.get(name), "__version__", None)
+        if self.step < self.total:  # a finished run keeps the config that made it
+            self.write("config.json", config | {"versions": versions})
+
+    def check_saved_config(self, saved, flags, config_exists):
+        """Raise InputError unless this is a new run, or a resumed one with the same flags."""
+        has_run = config_exists or self.metrics_file.seek(0, os.SEEK_END) > 0
+        if has_run and not self.args.resume:
+            raise InputError(
+                f"{self.folder} holds a run: add --resume to continue it, or change --run-dir"
+            )
+        changed = []
+        if saved["algo"] != ALGO:
+            changed.append(f"algo {saved['algo']}")
+        for name, value in flags.items():
+            if name not in MAY_CHANGE and saved["args"].get(name) != value:
+                changed.append(f"--{name.replace('_', '-')} {saved['args'].get(name)}")
+        if changed:
+            raise InputError(
+                f"{self.folder} was started with {', '.join(changed)}: "
+                "use the same, or choose another --run-dir"
+            )
 
     def restore(self):
-        """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
-        self.step, seconds, self.last, size = 0, 0.0, {}, 0
-        paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt") if (path := self.dir / name).exists()]
+        """Load the newest checkpoint that can be read, and drop the metrics that came after it."""
+        seconds = 0.0
+        metrics_size = 0
+        paths = [self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"]
+        paths = [path for path in paths if path.exists()]
+        restored = False
         for path in paths:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                self.step, seconds, self.last, size = state["run"]
+                self.step = state["run"]["step"]
+                self.last = state["run"]["last"]
+                seconds = state["run"]["seconds"]
+                metrics_size = state["run"]["metrics_size"]
                 for name, part in self.parts.items():
-                    (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
-                for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
-                    set_rng_state(rng)
-            except Exception as error:  # whatever a damaged file leads to
-                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):  # for want of memory
-                    sys.exit(f"error: cannot read {path}, which may be whole: {error}")
-                print(f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr)
+                    part.load_state_dict(state[name])
+                torch.set_rng_state(state["rng"])
+                if "cuda_rng" in state and torch.cuda.is_initialized():
+                    torch.cuda.set_rng_state(state["cuda_rng"])
+            except Exception as error:  # a damaged file can raise anything
+                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):
+                    raise OSError(f"cannot read {path}, which may be intact: {error}") from error
+                print(
+                    f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr
+                )
                 continue
-            if path != paths[0]:  # or the next checkpoint would keep a damaged file and drop this one
-                os.replace(paths[0], self.dir / "checkpoint.damaged.pt")
-            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
+            if path != paths[0]:
+                # Move the damaged file away: the next checkpoint would keep it and drop this one.
+                os.replace(paths[0], self.folder / "checkpoint.damaged.pt")
+            print(f"{self.folder}: resuming at step {self.step} of {self.total}", file=sys.stderr)
+            restored = True
             break
-        else:
-            if paths:
-                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away, or use an older {ALGO}.py")
-        self.began = time.monotonic() - seconds
-        self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
+        if paths and not restored:
+            raise InputError(
+                f"no checkpoint in {self.folder} can be read: "
+                f"move them away to start anew, or use the version of {ALGO}.py that wrote them"
+            )
+        self.start_time = time.monotonic() - seconds
+        self.metrics_file.truncate(min(metrics_size, self.metrics_file.seek(0, os.SEEK_END)))
 
-    def write(self, name, content, old=None):
-        """Put JSON or what torch.save makes under another name, sync, rename; the file before it becomes `old`."""
-        new = self.dir / f"{name}.new"
+    def write(self, name, content, keep_old_as=None):
+        """Replace a file of the folder at once: write a new one, sync it, rename it."""
+        new = self.folder / f"{name}.new"
         try:
-            with open(new, "wb") as f:
-                torch.save(content, f) if name.endswith(".pt") else f.write(json.dumps(content, indent=1).encode())
-                os.fsync(f.fileno())
+            with open(new, "wb") as file:
+                if name.endswith(".pt"):
+                    torch.save(content, file)
+                else:
+                    file.write(json.dumps(content, indent=1).encode())
+                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
-            sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
-        if old and (self.dir / name).exists():
-            os.replace(self.dir / name, self.dir / old)
-        os.replace(new, self.dir / name)
+            raise OSError(
+                f"cannot write {new} ({error}): make room, then --resume; earlier files are intact"
+            ) from error
+        if keep_old_as and (self.folder / name).exists():
+            os.replace(self.folder / name, self.folder / keep_old_as)
+        os.replace(new, self.folder / name)
 
     def save(self):
-        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt; a box may have no bounds."""
-        state = {k: v[: self.step].clone() if torch.is_tensor(v) else v.state_dict() for k, v in self.parts.items()}
-        if not all(x.isfinite().all() for name, x in state["agent"].items() if name not in ("actor.low", "actor.high")):
-            sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
-        os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
-        run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
-        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-        self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
+        """Write policy.pt and checkpoint.pt; the last checkpoint becomes checkpoint.prev.pt."""
+        agent = self.parts["agent"]
+        for name, tensor in agent.state_dict().items():
+            is_bound = name in ("actor.low", "actor.high")
+            if not is_bound and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} not finite at step {self.step}: start anew with a lower learning rate"
+                )
+        os.fsync(self.metrics_file.fileno())
+        policy = {"args": asdict(self.args), "spaces": list(agent.spaces)}
+        self.write("policy.pt", policy | {"actor": agent.actor.state_dict()})
+
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state["run"] = {
+            "step": self.step,
+            "last": self.last,
+            "seconds": time.monotonic() - self.start_time,
+            "metrics_size": os.fstat(self.metrics_file.fileno()).st_size,
+        }
+        self.write("checkpoint.pt", state, keep_old_as="checkpoint.prev.pt")
+
+    def finish(self):
+        """Write and return the last metrics. Raises KeyboardInterrupt if Ctrl-C ended the run."""
         if self.interrupted and self.step < self.total:
-            command = shlex.join(["python", sys.argv[0], "--resume", "--run-dir", str(self.dir)])
-            sys.exit(f"step {self.step}: {command} goes on, but differs")
+            command = ["python", sys.argv[0], "--resume", "--run-dir", str(self.folder)]
+            raise KeyboardInterrupt(
+                f"Interrupted at step {self.step}. To resume: {shlex.join(command)} "
+                "(the result will differ from an uninterrupted run)"
+            )
+        self.write("result.json", self.last)
+        return self.last
 
     def steps(self, stride):
-        """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
-        self.stride, self.interrupted, tty = stride, False, sys.stderr.isatty()
-        catch = signal.signal if threading.current_thread() is threading.main_thread() else lambda *_: None
-        before = catch(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
-        bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=None if tty else open(os.devnull, "w"))
+        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        self.stride = stride
+        on_terminal = sys.stderr.isatty()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            old_handler = signal.signal(signal.SIGINT, self.interrupt)
         try:
-            for self.step in range(self.step + stride, self.total + stride, stride):
-                yield self.step
-                bar.set_postfix_str(f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False)
-                bar.update(stride)
-                if not tty and self.due(10_000):
-                    print(bar, flush=True)
+            with open(os.devnull, "w") as nowhere:
+                file = None if on_terminal else nowhere  # None is stderr
+                bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=file)
+                while self.step < self.total:
+                    yield self.step + stride
+                    bar.set_postfix_str(
+                        f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False
+                    )
+                    bar.update(stride)
+                    if not on_terminal and self.due(10_000):
+                        print(bar, flush=True)
         finally:
-            catch(signal.SIGINT, before)
-            self.metrics.close()
-            [env.close() for env in self.eval_envs]
+            if in_main_thread:
+                signal.signal(signal.SIGINT, old_handler)
+            self.metrics_file.close()
+            for env in self.eval_envs:
+                env.close()
 
-    def due(self, every):
-        """Whether this round reached a multiple of `every`, or is the last."""
-        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+    def interrupt(self, signum, frame):
+        """Handle Ctrl-C: `train` saves and stops at the end of its current iteration."""
+        self.interrupted = True
 
-    def log(self, row):
-        """Append a row to metrics.jsonl and mirror it; a number that is not finite ends the run."""
-        row = {name: float(value) for name, value in row.items()}
-        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            sys.exit(f"error: {', '.join(bad)} not finite at step {self.step}: lower the learning rates")
-        self.mirror(row)
-        row = {"step": self.step, "wall": round(time.monotonic() - self.began, 3), **row}
-        self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.last |= row
+    def reset_envs(self):
+        """Start an episode everywhere, with seeds made of (seed, step) -> observations [N, O]."""
+        seeds = self.seeds(self.args.num_envs)
+        seeds = seeds[self.first_env : self.first_env + len(self.envs)]
+        obs = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
+        return self.check_finite(np.stack(obs))
 
-    def reset(self, envs, seeds):
-        """Begin an episode in each environment -> observations [N, O]."""
-        return self.finite(np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]))
+    def step_envs(self, action):
+        """Step every environment with action [N, ...].
 
-    def finite(self, obs, *others):
-        """obs [N, O], if it and the others [N, .] are finite."""
-        if not np.isfinite(np.column_stack((obs, *others)).astype(np.float32)).all():
-            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        return obs
-
-    def interact(self, envs, actions):
-        """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
-        steps = [env.step(action.copy())[:4] for env, action in zip(envs, actions)]  # some scale an action in place
-        true_obs, reward, terminated, truncated = (np.array(x) for x in zip(*steps))
-        ended = np.logical_or(terminated, truncated)
-        obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
-        self.finite(obs, true_obs, reward)
+        Returns next_obs [N, O], the last observation where an episode ended; reward, terminated
+        and ended (terminated or truncated), all [N].
+        """
+        self.step += self.args.num_envs
+        next_obs = []
+        reward = []
+        terminated = []
+        truncated = []
+        for env, env_action in zip(self.envs, action, strict=True):
+            # Some environments scale an action in place, so pass a copy.
+            result = env.step(env_action.copy())
+            next_obs.append(result[0])
+            reward.append(result[1])
+            terminated.append(result[2])
+            truncated.append(result[3])
+        next_obs = self.check_finite(np.array(next_obs))
+        reward = self.check_finite(np.array(reward))
+        terminated = np.array(terminated, bool)
+        ended = terminated | np.array(truncated, bool)
         for i in np.flatnonzero(ended):
-            self.log({"episode/return": envs[i].return_queue[-1], "episode/length": envs[i].length_queue[-1]})
-        return obs, reward, terminated, ended, true_obs
+            env = self.envs[i]
+            self.log(
+                {"episode/return": env.return_queue[-1], "episode/length": env.length_queue[-1]}
+            )
+        return next_obs, reward, terminated, ended
+
+    def reset_ended(self, next_obs, ended):
+        """Restart the environments whose episode ended -> observations to act on [N, O]."""
+        if not ended.any():
+            return next_obs
+        obs = next_obs.copy()
+        for i in np.flatnonzero(ended):
+            obs[i], _ = self.envs[i].reset()
+        return self.check_finite(obs)
+
+    def check_finite(self, values):
+        """Return `values`, observations or rewards, if float32 can hold them."""
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise FloatingPointError(
+                f"reward or observation not finite at step {self.step}: "
+                "fix the environment or lower the learning rate"
+            )
+        return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
-        return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        return (
+            np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+        )
+
+    def updates_due(self, utd, learning_starts, every=1):
+        """The numbers of the updates due in this iteration, counted from 0 over the run.
+
+        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        """
+        before = max(0, self.step - self.stride - learning_starts)
+        now = max(0, self.step - learning_starts)
+        return range(int(utd * before) // every, int(utd * now) // every)
+
+    def due(self, every):
+        """Whether this iteration reached a multiple of `every`, or is the last."""
+        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+
+    def save_due(self):
+        """Whether a checkpoint is due, or Ctrl-C asked for the last one."""
+        return self.due(self.args.checkpoint_every) or self.interrupted
+
+    def steps_per_second(self):
+        """Environment steps per second since the run began."""
+        return self.step / (time.monotonic() - self.start_time)
+
+    def log(self, metrics):
+        """Append a row to metrics.jsonl. Raises FloatingPointError if a number is not finite."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
+            )
+        self.tracker(metrics, self.step)
+        row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
+        self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.last |= row
+
+
+def choose_folder(args):
+    """--run-dir, or a new folder under runs/."""
+    if args.run_dir:
+        return Path(args.run_dir)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs", name.replace("/", "-").replace(":", "-"))
+    while folder.exists():  # another run started in the same second
+        folder = folder.with_name(f"{folder.name}-2")
+    return folder
+
+
+def lock(file, folder):
+    """Lock the metrics file, so that no second process writes to the folder."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process writes to {folder}: wait for it, or choose another --run-dir"
+        ) from error
+    except (OSError, ImportError) as error:  # some file systems cannot lock; Windows has no fcntl
+        print(
+            f"warning: {folder} cannot be locked ({error}): start no second run in it",
+            file=sys.stderr,
+        )
+
+
+def git_commit():
+    """The commit of the repository that holds this file, or None."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def open_tracker(args, folder, run_name, step):
+    """Open what --track names; returns a function that logs a dict of metrics at a step."""
+
+    def log_nowhere(metrics, step):
+        pass
+
+    def log_to_tensorboard(metrics, step):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    def log_to_module(metrics, step):
+        module.log(metrics, step=step)
+
+    # `resume` makes a resumed run the same run there.
+    options = {"project": "onefile", "name": run_name, "config": asdict(args), "resume": "allow"}
+    try:
+        if args.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder, purge_step=step + 1)
+            return log_to_tensorboard
+        if args.track == "wandb":
+            import wandb as module
+
+            module.init(id=run_name, reinit="finish_previous", **options)
+            return log_to_module
+        if args.track == "trackio":
+            import trackio as module
+
+            module.init(**options)
+            return log_to_module
+    except ImportError as error:
+        raise InputError(
+            f"--track {args.track} needs a missing package ({error}): pip install {args.track}"
+        ) from error
+    return log_nowhere
+
+
+def evaluate(run, actor):
+    """Log --eval-episodes deterministic episodes, in environments and with seeds of their own."""
+    if not run.eval_envs:
+        return
+    filmed_env = run.eval_envs[0]
+    if run.args.capture_video:
+        filmed_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
+    obs = {}  # environment -> observation, while its episode lasts
+    for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1), strict=True):
+        obs[env], _ = env.reset(seed=seed)
+    while obs:
+        actions = actor.act(np.stack(list(obs.values())), deterministic=True)
+        for env, action in zip(list(obs), actions, strict=True):
+            obs[env], _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                del obs[env]
+    if run.args.capture_video:
+        try:
+            filmed_env.get_wrapper_attr("stop_recording")()
+        except OSError:
+            if not run.interrupted:  # Ctrl-C stops ffmpeg too, and the video is lost
+                raise
+
+    episodes = np.array([(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs])
+    mean, length = episodes.mean(0).tolist()
+    std = float(episodes.std(0)[0])
+    best = max(mean, run.last.get("eval/best", mean))
+    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
+    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, best {best:.1f}")
 
 
 class Adam(nn.Module):
-    """Adam, https://arxiv.org/abs/1412.6980: a fused kernel, or in an update that is compiled the same in parts."""
+    """Adam, arXiv 1412.6980, as one fused kernel; in a compiled update, the same written out."""
 
     def __init__(self, parameters, lr, eps=1e-8):
+        """`lr` is a number, or a scalar tensor that a schedule fills."""
         super().__init__()
-        self.weights, self.lr, self.eps, self.betas = [*parameters], lr, eps, (0.9, 0.999)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.float32))  # as which CUDA's kernel reads it
-        for i, weight in enumerate(self.weights):
-            self.register_buffer(f"mean_{i}", torch.zeros_like(weight))
-            self.register_buffer(f"square_{i}", torch.zeros_like(weight))
+        self.parameters_held = list(parameters)
+        self.eps = eps
+        self.beta1 = 0.9
+        self.beta2 = 0.999
+        if torch.is_tensor(lr):
+            self.register_buffer("lr", lr)
+        else:
+            self.lr = lr
+        self.register_buffer("steps", torch.zeros(()))
+        for i, parameter in enumerate(self.parameters_held):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(parameter))
+            self.register_buffer(f"square_{i}", torch.zeros_like(parameter))
 
     @torch.no_grad()
     def step(self, gradients):
-        """Move the weights, of whose loss these are the gradients."""
-        (steps, *moments), (beta1, beta2) = self.buffers(), self.betas
-        lists = self.weights, [x.contiguous() for x in gradients], moments[::2], moments[1::2]
-        steps += 1
-        if not torch.compiler.is_compiling():
-            options = {"lr": self.lr, "eps": self.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-            torch._fused_adam_(*lists, [], [steps] * len(gradients), beta1=beta1, beta2=beta2, **options)
-            self.held = lists[1]  # memory given back and taken anew at every step is a tenth of SAC's time
+        """Move the parameters, given the gradients of the loss."""
+        count = len(self.parameters_held)
+        means = [self.get_buffer(f"mean_{i}") for i in range(count)]
+        squares = [self.get_buffer(f"square_{i}") for i in range(count)]
+        gradients = [gradient.contiguous() for gradient in gradients]
+        self.steps += 1
+        if torch.compiler.is_compiling():
+            self.step_written_out(gradients, means, squares)
             return
-        scale, spread = (1 - beta ** steps.double() for beta in self.betas)  # float32 would cancel
-        for weight, gradient, mean, square in zip(*lists):
-            mean.lerp_(gradient, 1 - beta1)
-            square.lerp_(gradient.square(), 1 - beta2)
-            weight.sub_(self.lr / scale * mean / ((square / spread).sqrt() + self.eps))
+        torch._fused_adam_(
+            self.parameters_held,
+            gradients,
+            means,
+            squares,
+            [],
+            [self.steps] * count,
+            lr=self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        # Keep the gradients alive: reallocating them costs 10 % of a SAC step.
+        self.gradients = gradients
+
+    def step_written_out(self, gradients, means, squares):
+        """The same step in operations that a compiler can fuse."""
+        # In float32, 1 - beta**t loses its digits for small t.
+        mean_correction = 1 - self.beta1 ** self.steps.double()
+        square_correction = 1 - self.beta2 ** self.steps.double()
+        for parameter, gradient, mean, square in zip(
+            self.parameters_held, gradients, means, squares, strict=True
+        ):
+            mean.lerp_(gradient, 1 - self.beta1)
+            square.lerp_(gradient.square(), 1 - self.beta2)
+            root = (square / square_correction).sqrt() + self.eps
+            parameter.sub_(self.lr / mean_correction * mean / root)
 
 
-def compiled(update):
-    """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
-    inductor = importlib.import_module("torch._inductor.compile_fx")
-    torch._dynamo.config.trace_autograd_ops, torch._dynamo.config.recompile_limit = True, 256  # networks of a notebook
-    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])
+def accelerate(update, args, device):
+    """`update`, made faster as the flags and the device allow. It computes the same."""
+    if args.compile:
+        update = compile_update(update)
+    if args.cuda_graph and device.type == "cuda" and not distributed.is_initialized():
+        update = CudaGraph(update)
+    if device.type == "cpu" and min(args.hidden, default=0) >= 256:
+        update = with_onednn(update)
+    return update
+
+
+def compile_update(update):
+    """Compile `update` into one graph, gradients and optimizers included."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import decompositions
+
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.recompile_limit = 256  # a notebook may train many networks
+    # Splitting these products from their bias lets the bias fuse with the operations after it.
+    aten = torch.ops.aten
+    split = torch._decomp.get_decompositions([aten.addmm, aten.baddbmm])
 
     def backend(graph, inputs):
-        with mock.patch.dict(torch._inductor.decomposition.decompositions, parts):  # a bias fuses with what follows it
-            return inductor.compile_fx(graph, inputs, config_patches={"fallback_random": True})
+        # fallback_random draws the same random numbers as the update that is not compiled.
+        return compile_fx(
+            graph,
+            inputs,
+            decompositions=decompositions | split,
+            config_patches={"fallback_random": True},
+        )
 
-    graph = torch.compile(update, backend=backend, fullgraph=True)
+    compiled = torch.compile(update, backend=backend, fullgraph=True)
 
     def call(batch):
         try:
-            return graph(batch)
+            return compiled(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            sys.exit(f"{error}\nerror: the update cannot be compiled, for the reason above: leave out --compile")
+            raise InputError(
+                f"the update cannot be compiled: leave out --compile\n{error}"
+            ) from error
 
     return call
 
 
 class CudaGraph:
-    """`update`: called as it is three times, since capture wants it warm; then captured, and replayed."""
+    """Calls `update` three times to warm up, then captures it as a CUDA graph and replays that."""
 
     def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+        self.update = update
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
         self.calls += 1
         if self.calls <= 3:
             return self.update(batch)
         if self.calls == 4:
-            self.batch = batch.clone()
+            self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             try:
                 with torch.cuda.graph(self.graph):
                     self.metrics = self.update(self.batch)
             except RuntimeError as error:
-                sys.exit(f"{error}\nerror: the update cannot be captured, for the reason above: add --no-cuda-graph")
-        self.batch.copy_(batch)
+                raise InputError(
+                    f"the update cannot be captured: add --no-cuda-graph\n{error}"
+                ) from error
+        torch._foreach_copy_(list(self.batch.values()), list(batch.values()))
         self.graph.replay()
         return self.metrics
 
 
-# ==== end of plumbing =================================================================================================
-def evaluate(run):
-    """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
-    run.args.capture_video and run.eval_envs[0].set_wrapper_attr("name_prefix", f"step-{run.step}")
-    obs = {env: env.reset(seed=seed)[0] for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1))}
-    while obs:  # those under way
-        for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
-            obs[env], _, terminated, truncated, _ = env.step(action)
-            (terminated or truncated) and obs.pop(env)
-    try:
-        run.args.capture_video and run.eval_envs[0].get_wrapper_attr("stop_recording")()
-    except OSError:
-        if not run.interrupted:  # by Ctrl-C, of which ffmpeg hears too
-            raise
-    episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
-    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
-    best = max(mean, run.last.get("eval/best", mean))
-    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
-    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, the best so far {best:.1f}")
+def with_onednn(update):
+    """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
+
+    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
+    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+    if not is_amd or matmul.fp32_precision != "none":
+        return update
+
+    def call(function, *inputs):
+        matmul.fp32_precision = "bf16"
+        try:
+            return function(*inputs)
+        finally:
+            matmul.fp32_precision = "none"
+
+    x = torch.full((256, 256), 1 + 2**-20)  # rounds to 1 in bfloat16
+    is_exact = call(torch.mm, x, torch.eye(256)).equal(x)
+    return partial(call, update) if is_exact else update
 
 
 def load_policy(run_dir, deterministic=True):
-    """What a run left in its policy.pt: a function obs [..., O] -> action [...], in numpy. Needs no environment."""
-    saved = torch.load(Path(run_dir) / "policy.pt", map_location="cpu", weights_only=True)
-    critic = QNetwork(**saved["init"])
-    critic.load_state_dict(saved["actor"])
-    return partial(critic.act, epsilon=0.0 if deterministic else saved["args"]["end_e"])
+    """The policy that a run saved: observations [..., O] -> actions, both numpy arrays."""
+    saved = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
+    actor = Agent(Args(**saved["args"]), Spaces(*saved["spaces"])).actor
+    actor.load_state_dict(saved["actor"])
+    return partial(actor.act, deterministic=deterministic)
 
 
-def train(args):
-    """Run DQN as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
-    above_0 = "buffer_size batch_size train_frequency target_network_frequency tau learning_rate hidden"
-    device = start(args, above_0, "learning_starts", "gamma tau start_e end_e exploration_fraction")
-    envs = [make_env(args) for _ in range(args.num_envs)]
-    space, n = envs[0].action_space, args.num_envs
-    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        others = "sac, td3, ddpg, ppo, trpo and vpg take a flat Box of floats"
-        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, not {space}; {others}")
-    agent = Agent(args, envs[0].observation_space.shape[0], int(space.n), device)
-    size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
-    memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
-    run = Run(args, agent.critic, {"agent": agent, "memory": memory})
-    update = compiled(agent.update) if args.compile else agent.update
-    update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" else update
-
-    obs, metrics, greedy = run.reset(envs, run.seeds(n)), {}, agent.critic.in_numpy()
-    for step in run.steps(n):
-        # Act. Step t has row t mod capacity, so the memory needs no counters.
-        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
-        action = epsilon_greedy(greedy(obs), epsilon, int(space.n))
-        next_obs, reward, terminated, _, true_obs = run.interact(envs, action)  # of which true_obs is s'
-        rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
-        memory.narrow(0, (step - n) % len(memory), n).copy_(torch.from_numpy(rows))
-        obs = next_obs
-
-        # Learn, and move the target, each in its own rhythm of steps.
-        rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step if args.anneal_lr else 0)
-        learnt = [max(0, t - args.learning_starts) for t in (step - n, step)]
-        if learnt[0] == 0 < learnt[1]:
-            rewards = memory[:step, agent.columns[0] + 1]
-            agent.unit.fill_(rewards[rewards != 0].abs().mean().nan_to_num(1.0))  # 1 without any
-        for _ in range(*(t // args.train_frequency for t in learnt)):
-            agent.optimizer.lr.fill_(rate)
-            index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)
-            metrics = update(memory.index_select(0, index))
-            greedy = agent.critic.in_numpy()
-        for _ in range(*(t // args.target_network_frequency for t in learnt)):
-            agent.move_target()
-
-        # Report, and make it safe.
-        if run.due(1000):
-            run.log(metrics | {"explore/epsilon": epsilon, "speed/sps": step / (time.monotonic() - run.began)})
-        if args.eval_every and run.due(args.eval_every):
-            evaluate(run)
-        if run.interrupted or run.due(args.checkpoint_every):
-            run.save()
-            obs, metrics = run.reset(envs, run.seeds(n)), {}
-    run.write("result.json", run.last)
-    return run.last
+def saved_flags(run_dir):
+    """The flags of the run in `run_dir`, as Args; the defaults if it holds none."""
+    path = Path(run_dir, "config.json")
+    if not path.exists():
+        return Args()
+    flags = {}
+    for name, value in json.loads(path.read_text())["args"].items():
+        if hasattr(Args, name):
+            flags[name] = tuple(value) if isinstance(value, list) else value
+    return Args(**flags)
 
 
 def main():
-    """train() with the flags typed; under --resume the others are the run's own."""
+    """Train with the flags of the command line. Exit status 2 is bad input, 130 is Ctrl-C."""
     args = tyro.cli(Args)
     try:
-        if args.resume and args.run_dir and (config := Path(args.run_dir, "config.json")).exists():
-            saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
-            args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
+        if args.resume and args.run_dir:
+            args = tyro.cli(Args, default=saved_flags(args.run_dir))
         train(args)
-    except (OSError, RuntimeError, MemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory, of which there may be too little
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(130)
+    except (
+        InputError,
+        FloatingPointError,
+        OSError,
+        RuntimeError,
+        MemoryError,
+        ImportError,
+        json.JSONDecodeError,
+        gym.error.Error,
+    ) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not out of memory
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if int(os.environ.get("RANK", 0)) > 0:
+        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
 
 
 if __name__ == "__main__":

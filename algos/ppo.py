@@ -1,53 +1,68 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "numpy>=2", "gymnasium[mujoco]>=1.4,<2", "mujoco<5", "tyro>=1,<2", "tqdm>=4.66"]
+# dependencies = [
+#     "torch>=2.11",
+#     "numpy>=2",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco<5",
+#     "tyro>=1,<2",
+#     "tqdm>=4.66",
+# ]
 # ///
-"""Proximal Policy Optimization (PPO): many steps on the same data, none of which may go far.
+"""Proximal Policy Optimization (PPO): many steps on the same data, none of which goes far.
 
-A policy gradient is right only for the policy that collected the data. PPO takes many steps on it all the same, and
-clips the objective where new and old probability differ too much: to go further gains nothing.
+A policy gradient is right only for the policy that collected the data. PPO takes many steps on it
+all the same, and clips the objective where the new and the old probability of an action differ too
+much, so going further gains nothing.
 
-Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347
-(1), (2): "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347
+(1), (2): Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage
+Estimation", arXiv 1506.02438
 
-    policy pi, value function V
-    for each rollout of `num_steps` steps of each environment, (s, a, r, d, s') with d 1 where it terminated:
-        a ~ pi(. | s)
-        delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                                         (1)
-        A_t = delta_t + gamma gae_lambda (1 - e_t) A_t+1, e 1 where an episode ended; R_t = A_t + V(s_t)         (2)
-        for each of `update_epochs` epochs, for each of `num_minibatches` parts of the rollout, drawn anew:
-            w = pi(a | s) / pi_old(a | s)                                                                        (3)
-            pi descends               mean -min(w A, clip(w, 1 - clip_coef, 1 + clip_coef) A)                    (4)
-            V descends                mean 1/2 (V(s) - R)^2                                                      (5)
-            together                  (4) + vf_coef (5) - ent_coef mean entropy of pi(. | s)                     (6)
+    Policy pi, value function V.
+    For each rollout of `num_steps` steps in every environment:
+        Act with a ~ pi(.|s) and store (s, a, r, d, e, s'); d is 1 only where the episode
+        terminated, e is 1 where it ended.
+        delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                         (1)
+        A_t = delta_t + gamma gae_lambda (1 - e_t) A_t+1,   R_t = A_t + V(s_t)                   (2)
+        Repeat `update_epochs` times, on each of `num_minibatches` random parts of the rollout:
+            ratio = pi(a|s) / pi_old(a|s)
+            L_pi = mean -min(ratio A, clip(ratio, 1 - clip_coef, 1 + clip_coef) A)               (3)
+            L_V  = mean 1/2 (V(s) - R)^2                                                         (4)
+            pi and V minimise      L_pi + vf_coef L_V - ent_coef mean entropy of pi(.|s)         (5)
 
-    python algos/ppo.py --env-id Hopper-v4             or, in Python:   from ppo import Args, load_policy, train
-    python algos/ppo.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
-    torchrun --nproc-per-node 4 algos/ppo.py --num-envs 8      shares the environments among four processes
+Usage:
+    python algos/ppo.py --env-id Hopper-v4
+    python algos/ppo.py --resume --run-dir runs/...   # continue; saved flags are the defaults
+    torchrun --nproc-per-node 4 algos/ppo.py --num-envs 8   # share the environments among processes
+    from ppo import Args, load_policy, train          # from Python
 
-Final at 1M steps, mean (95 %) of 6 seeds, beside CleanRL's training returns: HalfCheetah-v4 4948 +- 1895, 1443;
-Hopper-v4 3049 +- 995, 2383; Walker2d-v4 4923 +- 884, 2288. Of 10 seeds: CartPole-v1 at 500k 500 in each, 490;
-Acrobot-v1 at 300k -79 +- 7, -86 at 500k. Hopper-v4 with --compile at 6832 steps/s, SB3 2175, SBX 2374.
-
-Metrics, over the rollout once it is learnt from: loss/policy (4), loss/value (5), value/mean, policy/entropy, policy/kl
-from old to new, policy/clip_frac, how often w is clipped; episode/*, training episodes as they end; eval/*,
-deterministic episodes; speed/sps, environment steps a second since the run began, everything included.
+After 1M steps, mean of 6 seeds: HalfCheetah-v4 4948, Hopper-v4 3049, Walker2d-v4 4923.
 
 What matters beyond the equations:
- 1. (1) takes V(s') of the last observation where time cut an episode short, and 0 only where it terminated.
- 2. Advantages are normalised over the rollout, which makes the learning rate fit any reward.
- 3. Observations are normalised, rewards divided by the spread of their discounted sum, by running statistics. Those
-    of s move only between rollouts: old and new probabilities of (3) see the same s. Evaluation moves none.
- 4. A minibatch takes equally from every environment, so that ranks can share it.
- 5. The policy's last layer starts at a hundredth of its size, and its spread in a box at 0.6 half widths, not 1.
- 6. Gradients are clipped to norm `max_grad_norm`, and the learning rate falls linearly to 0 over the run.
- 7. A step is one step of one environment, all ranks together; the run is rounded up to whole rollouts.
- 8. Checkpoints begin new episodes, seeded by (seed, step), in every run: killed and resumed, it is bit-equal on a CPU.
+ 1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
+    episode, not the first observation of the next one.
+ 2. Advantages are normalised over the rollout, so one learning rate fits rewards of any size.
+ 3. Observations are normalised and rewards are divided by the standard deviation of their
+    discounted sum, both with running statistics. Those of observations change only between
+    rollouts, so old and new probabilities see the same s. Evaluation changes none.
+ 4. A minibatch holds equally many steps of every environment, so processes can share it.
+ 5. The last layer of the policy starts at a hundredth of the usual size. The standard deviation of
+    actions in a box starts at 0.6 half widths of the box.
+ 6. Gradients are clipped to norm `max_grad_norm`, and the learning rate falls linearly to 0.
+ 7. A step is one step of one environment, summed over all processes. The total is rounded up to
+    whole rollouts.
+ 8. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
+    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+
+Metrics, over the rollout after it was learned from: loss/policy (3), loss/value (4), value/mean,
+policy/entropy; policy/kl, from the old to the new policy; policy/clip_frac, the share of steps with
+a clipped ratio; episode/* for training episodes; eval/* for deterministic evaluation; speed/sps,
+environment steps per second.
 """
 
-# Shapes: T steps of a rollout, N environments of this rank, O observation, A action, B batch.
+# Shapes: T steps of a rollout, N environments of this process, O observation, A action, B batch.
 
-import importlib
 import json
 import math
 import os
@@ -61,9 +76,10 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args, get_origin
-from unittest import mock
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -76,76 +92,102 @@ from tqdm import tqdm
 ALGO = "ppo"
 
 
+class Range(NamedTuple):
+    """The values that a flag may have, checked by `check_flags`."""
+
+    low: float
+    high: float
+    text: str
+
+
+Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
+Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
+NonNegative = Annotated[float, Range(0, 1e18, "from 0 to 1e18")]
+Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
+Widths = Annotated[tuple[int, ...], Range(1, 10**18, "from 1 to 1e18")]
+
+
 @dataclass
 class Args:
     """Proximal Policy Optimization. A step is one step of one environment."""
 
-    num_steps: int = 2048  # steps of each environment in a rollout
-    update_epochs: int = 10  # times that a rollout is gone through
-    num_minibatches: int = 32  # minibatches of a rollout in an epoch
-    learning_rate: float = 3e-4  # of policy and value function
-    anneal_lr: bool = True  # let the learning rate fall to 0 over the run
-    gamma: float = 0.99  # discount
-    gae_lambda: float = 0.95  # weight of the later steps in the advantage
-    clip_coef: float = 0.2  # how far the ratio of probabilities may leave 1
+    num_steps: Count = 2048  # steps of each environment in a rollout
+    update_epochs: Count = 10  # passes over a rollout
+    num_minibatches: Count = 32  # minibatches per pass
+    learning_rate: Positive = 3e-4  # learning rate of the policy and of the value function
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0 over the run
+    gamma: Fraction = 0.99  # discount factor
+    gae_lambda: Fraction = 0.95  # weight of later steps in the advantage
+    clip_coef: Positive = 0.2  # distance from 1 at which the probability ratio is clipped
     norm_adv: bool = True  # normalise the advantages of a rollout
-    ent_coef: float = 0.0  # weight of the entropy
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # norm that gradients are clipped to
-    target_kl: float | None = None  # an epoch that leaves the mean KL above is the rollout's last
-    norm_obs: bool = True  # normalise observations by running statistics
-    norm_reward: bool = True  # scale rewards by the running spread of their discounted sum
-    hidden: tuple[int, ...] = (64, 64)  # widths of the hidden layers
-    activation: Literal["relu", "tanh", "elu", "silu"] = "tanh"  # non-linearity between layers
+    ent_coef: NonNegative = 0.0  # weight of the entropy
+    vf_coef: NonNegative = 0.5  # weight of the value loss
+    max_grad_norm: Positive = 0.5  # norm to which gradients are clipped
+    target_kl: Positive | None = (
+        None  # stop the passes over a rollout when the mean KL exceeds this
+    )
+    norm_obs: bool = True  # normalise observations with running statistics
+    norm_reward: bool = True  # divide rewards by the running deviation of their discounted sum
+    hidden: Widths = (64, 64)  # widths of the hidden layers
+    activation: Literal["relu", "tanh", "elu", "silu"] = "tanh"  # nonlinearity between layers
 
     env_id: str = "Hopper-v4"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: int = 1  # of everything random
-    total_timesteps: int = 1_000_000  # environment steps, all environments together
-    num_envs: int = 1  # environments side by side
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one
-    threads: int = 1  # CPU threads of torch
-    run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # go on from the last checkpoint in --run-dir
-    eval_every: int = 50_000  # steps between evaluations; 0 for none, not even at the end
-    eval_episodes: int = 10  # episodes in an evaluation
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
-    capture_video: bool = False  # film an episode of every evaluation into videos/
+    seed: Steps = 1  # seed of everything random
+    total_timesteps: Count = 1_000_000  # environment steps, summed over environments
+    num_envs: Count = 1  # environments stepped in turn
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
+    threads: Count = 1  # CPU threads of torch; use 1 where other runs share the machine
+    run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # continue from the last checkpoint in --run-dir
+    eval_every: Steps = 50_000  # steps between evaluations; 0 for none
+    eval_episodes: Count = 10  # episodes per evaluation
+    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
+    capture_video: bool = False  # film one episode of every evaluation into videos/
     compile: bool = False  # compile the update, gradients and optimizers included
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU}
-IN_NUMPY = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "silu": lambda x: x / 2 * (1 + np.tanh(x / 2))}
-IN_NUMPY["elu"] = lambda x: np.where(x > 0, x, np.expm1(x.clip(None, 0)))
 
 
-def mlp(sizes, activation, gain):
-    """Layers of `sizes`, the last drawn with `gain`, `activation` between: [..., sizes[0]] -> [..., sizes[-1]]."""
-    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (nn.Linear(i, o), ACTIVATIONS[activation]())][:-1]
+def mlp(sizes, activation, last_gain):
+    """Fully connected network with orthogonal weights: [..., sizes[0]] -> [..., sizes[-1]]."""
+    layers = []
+    for size_in, size_out in pairwise(sizes):
+        layers.append(nn.Linear(size_in, size_out))
+        layers.append(ACTIVATIONS[activation]())
+    layers = layers[:-1]
     for layer in layers[::2]:
-        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
+        nn.init.orthogonal_(layer.weight, last_gain if layer is layers[-1] else math.sqrt(2))
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
 def standardize(x):
-    """x [B] less its mean, over its standard deviation, both over all ranks."""
+    """x [B] shifted and scaled to mean 0 and standard deviation 1 over all processes."""
     x = x - mean_over_ranks(x.mean())
     return x / (mean_over_ranks(x.square().mean()).sqrt() + 1e-8)
 
 
 def descend(optimizer, loss, max_norm):
-    """A step of `optimizer` on the gradient, averaged over the ranks and clipped to norm `max_norm`."""
-    gradients = torch.autograd.grad(loss, optimizer.weights)
-    gradient = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
-    gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-    optimizer.step([part.view_as(g) for g, part in zip(gradients, gradient.split([g.numel() for g in gradients]))])
+    """One step of `optimizer`, with the gradient averaged over processes and clipped."""
+    gradients = torch.autograd.grad(loss, optimizer.parameters_held)
+    flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    flat = flat * (max_norm / (flat.norm() + 1e-6)).clamp(max=1)
+    optimizer.step(unflatten(flat, gradients))
+
+
+def unflatten(flat, tensors):
+    """Cut a vector into pieces with the shapes of `tensors`."""
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance, [..., D] -> the same with mean 0 and variance 1, clipped to 10."""
+    """Running mean and variance; scales [..., D] to mean 0 and variance 1, clipped to 10."""
 
     def __init__(self, dim):
         super().__init__()
@@ -155,638 +197,1277 @@ class Normalizer(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x):
-        return ((x - self.mean) / self.std).clamp(-10, 10)
+        return normalize(x, self.mean, self.std)
 
     def update(self, x):
-        """Take in x [T, N, D], as Chan et al. 1983 merge two sets of numbers."""
+        """Include x [T, N, D]; the formula of Chan et al. 1983 for merging two samples."""
         mean = mean_over_ranks(x.mean((0, 1)))
         var = mean_over_ranks((x - mean).square().mean((0, 1)))
         n = x[..., 0].numel() * RANKS
-        share, delta = n / (self.count + n), mean - self.mean
-        self.mean += share * delta
-        self.var += share * (var - self.var + (1 - share) * delta.square())
+        share_of_new = n / (self.count + n)
+        delta = mean - self.mean
+        self.mean += share_of_new * delta
+        self.var += share_of_new * (var - self.var + (1 - share_of_new) * delta.square())
         self.std.copy_((self.var + 1e-8).sqrt())
         self.count += n
 
 
-class Actor(nn.Module):
-    """The policy: obs [..., O] -> a distribution over `act_dim` actions, or [..., A] in half widths of their box."""
+def normalize(x, mean, std):
+    """x [..., D] with mean and std [D], tensors or numpy arrays -> [..., D]."""
+    return ((x - mean) / std).clip(-10, 10)
 
-    def __init__(self, obs_dim, act_dim, low, high, hidden, activation, norm_obs):
-        """`low` and `high` are the box's bounds, and None for a choice among act_dim actions."""
+
+class Actor(nn.Module):
+    """The policy pi: Gaussian in a box, in half widths of the box; categorical otherwise."""
+
+    def __init__(self, args, spaces):
         super().__init__()
-        self.init = {"obs_dim": obs_dim, "act_dim": act_dim, "low": low, "high": high, "hidden": hidden}
-        self.init |= {"activation": activation, "norm_obs": norm_obs}
-        self.normalize = Normalizer(obs_dim) if norm_obs else nn.Identity()
-        self.net = mlp((obs_dim, *hidden, act_dim), activation, 0.01)
-        self.discrete = low is None
+        self.act_dim = spaces.act_dim
+        self.discrete = spaces.low is None
+        self.normalize = Normalizer(spaces.obs_dim) if args.norm_obs else None
+        self.net = mlp((spaces.obs_dim, *args.hidden, spaces.act_dim), args.activation, 0.01)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((act_dim,), -0.5))
-            low, high = torch.tensor(low), torch.tensor(high)
-            bounded = (high - low).isfinite()  # other actions are taken as they are, but begin within their bound
+            self.log_std = nn.Parameter(torch.full((spaces.act_dim,), -0.5))
+            low = torch.tensor(spaces.low)
+            high = torch.tensor(spaces.high)
+            # Without two bounds, actions are used as they are and start near 0 within the bounds.
+            bounded = (high - low).isfinite()
+            nearest_to_0 = low.clamp(0).minimum(high)
             self.register_buffer("low", low)
             self.register_buffer("high", high)
-            self.register_buffer("center", torch.where(bounded, (low + high) / 2, low.clamp(0).minimum(high)))
-            self.register_buffer("width", torch.where(bounded, (high - low) / 2, 1.0))
+            self.register_buffer("center", torch.where(bounded, (low + high) / 2, nearest_to_0))
+            self.register_buffer("half_width", torch.where(bounded, (high - low) / 2, 1.0))
 
     def forward(self, obs):
-        """Here, obs is normalised already, since a rollout is gone through many times."""
-        head = self.net(obs)
+        """Normalised observations [..., O] -> distribution over actions."""
+        out = self.net(obs)
+        # Numbers that are not finite show in the losses, so skip the slow checks.
         if self.discrete:
-            return Categorical(logits=head, validate_args=False)  # what is not finite shows in the losses
-        return Independent(Normal(head, self.log_std.exp(), validate_args=False), 1, validate_args=False)
+            return Categorical(logits=out, validate_args=False)
+        normal = Normal(out, self.log_std.exp(), validate_args=False)
+        return Independent(normal, 1, validate_args=False)
+
+    def log_prob(self, policy, action):
+        """log pi(a|s) [...] of action [..., A] or [...] under a distribution from `forward`."""
+        if self.discrete:
+            return policy.log_prob(action)
+        # The Gaussian written out takes fewer operations than that of torch.distributions.
+        z = (action - policy.base_dist.loc) / policy.base_dist.scale
+        constant = 0.5 * math.log(2 * math.pi) * self.act_dim
+        return -0.5 * z.square().sum(-1) - self.log_std.sum() - constant
 
     def noise(self, *shape):
-        """What `in_numpy` turns into samples: [*shape, A], drawn on the CPU, so that it is the same on every device."""
-        shape = *shape, self.init["act_dim"]
+        """Random numbers [*shape, A] for `to_numpy`, drawn on the CPU for every device."""
+        shape = (*shape, self.act_dim)
         if self.discrete:
-            return -torch.empty(shape).exponential_().log().numpy()  # Gumbel noise
+            return -torch.empty(shape).exponential_().log().numpy()  # Gumbel distributed
         return (torch.randn(shape) * self.log_std.detach().exp().cpu()).numpy()
 
-    def in_numpy(self):
-        """The policy of now as a function of arrays, since on a few rows numpy takes a fifth of the time of torch.
+    def to_numpy(self):
+        """The current policy in numpy, which is five times faster for a few rows.
 
-        obs [..., O], noise [..., A] or 0 for the mode -> action [...] or [..., A], and as environments take it.
+        Returns a function: obs [..., O], noise [..., A] -> action [..., A], or [...] if discrete.
+        With noise 0 the action is the most probable one.
         """
-        state = {name: x.cpu().numpy() for name, x in self.state_dict().items()}
-        *hidden, last = [(state[f"net.{i}.weight"].T, state[f"net.{i}.bias"]) for i in range(0, len(self.net), 2)]
-        activate = IN_NUMPY[self.init["activation"]]
+        net = numpy_mlp(self.net)
+        if self.normalize is not None:
+            mean = self.normalize.mean.cpu().numpy()
+            std = self.normalize.std.cpu().numpy()
 
-        def choose(obs, noise):
-            x = np.asarray(obs, np.float32)
-            if self.init["norm_obs"]:
-                x = ((x - state["normalize.mean"]) / state["normalize.std"]).clip(-10, 10)
-            for weight, bias in hidden:
-                x = activate(x @ weight + bias)
-            action = x @ last[0] + last[1] + noise
-            if self.discrete:
-                return (action.argmax(-1),) * 2
-            return action, (state["center"] + state["width"] * action).clip(state["low"], state["high"])
+        def policy(obs, noise):
+            obs = np.asarray(obs, np.float32)
+            if self.normalize is not None:
+                obs = normalize(obs, mean, std)
+            action = net(obs) + noise
+            return action.argmax(-1) if self.discrete else action
 
-        return choose
+        return policy
+
+    def to_env(self, action):
+        """An action of `to_numpy` in the units of the environment."""
+        if self.discrete:
+            return action
+        center = self.center.cpu().numpy()
+        half_width = self.half_width.cpu().numpy()
+        return (center + half_width * action).clip(self.low.cpu().numpy(), self.high.cpu().numpy())
 
     def act(self, obs, deterministic=True):
-        """obs [..., O] -> action [...] or [..., A], in numpy."""
-        return self.in_numpy()(obs, 0 if deterministic else self.noise(*np.shape(obs)[:-1]))[1]
+        """Observations [..., O] -> actions [..., A] or [...], both numpy arrays."""
+        noise = 0 if deterministic else self.noise(*np.shape(obs)[:-1])
+        return self.to_env(self.to_numpy()(obs, noise))
 
 
 def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda):
-    """(1), (2): all [T, N], next_value of the last observation where an episode ended -> advantages [T, N]."""
+    """(1), (2): all [T, N] -> advantages [T, N]. next_value is V(s')."""
     delta = reward + gamma * (1 - terminated) * next_value - value
-    advantage, decay = delta.cpu().numpy(), (gamma * gae_lambda * (1 - ended)).cpu().numpy()
-    for t in range(len(delta) - 2, -1, -1):  # in numpy: many small steps are cheap there
+    decay = gamma * gae_lambda * (1 - ended)
+    # The loop over time runs in numpy, where small operations are cheap.
+    advantage = delta.cpu().numpy()
+    decay = decay.cpu().numpy()
+    for t in reversed(range(len(advantage) - 1)):
         advantage[t] += decay[t] * advantage[t + 1]
     return torch.from_numpy(advantage).to(delta.device)
 
 
-def policy_loss(log_ratio, advantage, clip_coef):
-    """(4): log w [B], advantage [B] -> scalar. For either sign of A the minimum is min(w A, A + clip_coef |A|)."""
-    return -torch.minimum(log_ratio.exp() * advantage, advantage + clip_coef * advantage.abs()).mean()
+def policy_loss(ratio, advantage, clip_coef):
+    """(3): ratio [B], advantage [B] -> scalar. The minimum is min(ratio A, A + clip_coef |A|)."""
+    return -torch.minimum(ratio * advantage, advantage + clip_coef * advantage.abs()).mean()
 
 
 def value_loss(value, target):
-    """(5): value [B], target [B] -> scalar."""
+    """(4): value [B], target [B] -> scalar."""
     return 0.5 * (value - target).square().mean()
 
 
 class Agent(nn.Module):
-    """All that learns."""
+    """Everything that learns."""
 
-    def __init__(self, args, obs_dim, act_dim, low, high, device):
+    def __init__(self, args, spaces):
         super().__init__()
         self.args = args
-        self.actor = Actor(obs_dim, act_dim, low, high, args.hidden, args.activation, args.norm_obs)
-        self.critic = mlp((obs_dim, *args.hidden, 1), args.activation, 1.0)
+        self.spaces = spaces
+        self.actor = Actor(args, spaces)
+        self.critic = mlp((spaces.obs_dim, *args.hidden, 1), args.activation, 1.0)
         self.returns = Normalizer(1)
-        self.columns = (obs_dim, 1 if low is None else act_dim, 1, 1, 1)  # of a batch
-        rate = torch.tensor(args.learning_rate, device=device)  # which a CUDA graph sees fall
-        self.optimizer = Adam(self.parameters(), rate, eps=1e-5)
-        self.to(device)
+        # As a tensor, the learning rate can change inside a CUDA graph.
+        learning_rate = torch.tensor(args.learning_rate)
+        self.optimizer = Adam(self.parameters(), learning_rate, eps=1e-5)
 
     def value(self, obs):
-        """obs [..., O], normalised -> V(s) [...]."""
+        """Normalised observations [..., O] -> V(s) [...]."""
         return self.critic(obs).squeeze(-1)
 
-    def log_prob(self, policy, action):
-        """log pi(a | s) [...]; that of a Gaussian written out, in fewer operations than the library's."""
-        if self.actor.discrete:
-            return policy.log_prob(action[..., 0])
-        z = (action - policy.base_dist.loc) / policy.base_dist.scale
-        return -0.5 * z.square().sum(-1) - self.actor.log_std.sum() - 0.5 * math.log(2 * math.pi) * action.shape[-1]
-
     @torch.no_grad()
-    def prepare(self, obs, action, reward, terminated, ended, next_obs):
-        """A rollout, [T, N] or [T, N, .] each -> rows (s, a, log pi(a | s), A, R) [T, N, O + A + 3]."""
-        obs, next_obs = self.actor.normalize(obs), self.actor.normalize(next_obs)
+    def prepare(self, rollout):
+        """A rollout, tensors [T, N, ...] as in `train` -> a batch to learn from, [T N, ...]."""
+        args = self.args
+        obs = rollout["obs"]
+        next_obs = rollout["next_obs"]
+        reward = rollout["reward"]
+        if args.norm_obs:
+            obs = self.actor.normalize(obs)
+            next_obs = self.actor.normalize(next_obs)
+        if args.norm_reward:
+            reward = reward / self.returns.std
         value = self.value(obs)
-        reward = reward / self.returns.std if self.args.norm_reward else reward
-        next_value, (gamma, gae_lambda) = self.value(next_obs), (self.args.gamma, self.args.gae_lambda)
-        advantage = gae(reward, value, next_value, terminated, ended, gamma, gae_lambda)
-        log_prob = self.log_prob(self.actor(obs), action)
-        weight = standardize(advantage) if self.args.norm_adv else advantage
-        return torch.cat((obs, action, torch.stack((log_prob, weight, advantage + value), -1)), -1)
+        advantage = gae(
+            reward,
+            value,
+            self.value(next_obs),
+            rollout["terminated"],
+            rollout["ended"],
+            args.gamma,
+            args.gae_lambda,
+        )  # (1), (2)
+        batch = {
+            "obs": obs,
+            "action": rollout["action"],
+            "log_prob": self.actor.log_prob(self.actor(obs), rollout["action"]),
+            "advantage": standardize(advantage) if args.norm_adv else advantage,
+            "target": advantage + value,
+        }
+        return {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
 
     def losses(self, batch):
-        """Of rows (s, a, log pi(a | s), A, R) [B, O + A + 3]: (4), (5), log w [B], V(s) [B] and the policy there."""
-        obs, action, *rest = batch.split(self.columns, -1)
-        old_log_prob, advantage, target = (x[:, 0] for x in rest)
-        policy, value = self.actor(obs), self.value(obs)
-        log_ratio = self.log_prob(policy, action) - old_log_prob  # (3)
-        loss_pi = policy_loss(log_ratio, advantage, self.args.clip_coef)
-        return loss_pi, value_loss(value, target), log_ratio, value, policy
+        """(3), (4): returns both losses, log ratio [B], V(s) [B] and the policy at obs."""
+        policy = self.actor(batch["obs"])
+        value = self.value(batch["obs"])
+        log_ratio = self.actor.log_prob(policy, batch["action"]) - batch["log_prob"]
+        loss_pi = policy_loss(log_ratio.exp(), batch["advantage"], self.args.clip_coef)
+        loss_v = value_loss(value, batch["target"])
+        return loss_pi, loss_v, log_ratio, value, policy
 
     def update(self, batch):
-        """A gradient step of everything on a minibatch of rows, as `losses` takes them."""
+        """One gradient step of everything on a minibatch."""
         loss_pi, loss_v, _, _, policy = self.losses(batch)
         loss = loss_pi + self.args.vf_coef * loss_v
         if self.args.ent_coef:
             loss = loss - self.args.ent_coef * policy.entropy().mean()
-        descend(self.optimizer, loss, self.args.max_grad_norm)  # (6)
+        descend(self.optimizer, loss, self.args.max_grad_norm)  # (5)
 
     @torch.no_grad()
-    def measure(self, rows):
-        """What there is to log of a rollout of rows, as `losses` takes them: scalar tensors."""
-        loss_pi, loss_v, log_ratio, value, policy = self.losses(rows)
-        metrics = {"loss/policy": loss_pi, "loss/value": loss_v, "value/mean": value.mean()}
-        metrics["policy/entropy"] = policy.entropy().mean()
-        metrics["policy/kl"] = (log_ratio.expm1() - log_ratio).mean()
-        metrics["policy/clip_frac"] = (log_ratio.expm1().abs() > self.args.clip_coef).float().mean()
-        return {name: mean_over_ranks(x) for name, x in metrics.items()}
+    def measure(self, batch):
+        """The metrics of a batch: scalar tensors."""
+        loss_pi, loss_v, log_ratio, value, policy = self.losses(batch)
+        ratio_minus_1 = log_ratio.expm1()
+        clipped = ratio_minus_1.abs() > self.args.clip_coef
+        metrics = {
+            "loss/policy": loss_pi,
+            "loss/value": loss_v,
+            "value/mean": value.mean(),
+            "policy/entropy": policy.entropy().mean(),
+            # An estimate of the divergence that is never negative: mean of ratio - 1 - log ratio.
+            "policy/kl": (ratio_minus_1 - log_ratio).mean(),
+            "policy/clip_frac": clipped.float().mean(),
+        }
+        return metrics_over_ranks(metrics)
 
 
-# ==== plumbing: the same text in every file ===========================================================================
-def start(args, above_0, at_least_0, at_most_1):
-    """Check the flags, those that are numbers given by name, set threads and seed, and return the device."""
-    above_0 += " total_timesteps num_envs threads eval_episodes"
-    at_least_0 += " seed eval_every checkpoint_every"
-    others = {float: float | int, float | None: float | int | None, tuple[int, ...]: tuple | list}
-    for name, kind in type(args).__annotations__.items():  # to which a command line is held, but no notebook
-        value, fits = getattr(args, name), others.get(kind, kind)
-        odd = {*map(type, value)} - {int} if isinstance(value, tuple | list) else isinstance(value, np.generic)
-        if odd or not (value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, fits)):
-            sys.exit(f"error: {name} is {value!r}, and must be of {kind}")
-    rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
-    for names, least, most, rule in rules:
-        values = {n: np.atleast_1d(getattr(args, n)) for n in names.split() if getattr(args, n) is not None}
-        if bad := [n for n, x in values.items() if not all((least <= x) & (x <= most))]:
-            sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
+def train(args):
+    """Train PPO; returns the last value of every metric. Bad flags raise InputError."""
+    args, device = check_rollout_flags(args)
+    envs = make_envs(args)
+    spaces = read_spaces(envs[0], "box or discrete")
+    agent = Agent(args, spaces).to(device)
+    run = open_run(args, envs, agent=agent)  # opens the folder, restores a checkpoint
+    update = accelerate(agent.update, args, device)  # --compile, CUDA graphs
+
+    obs = run.reset_envs()
+    discounted = np.zeros(len(envs))  # discounted sum of the rewards of an episode so far
+    for step in run.steps(args.num_steps * args.num_envs):
+        # Collect a rollout.
+        policy = agent.actor.to_numpy()
+        noise = share(agent.actor.noise(args.num_steps, args.num_envs))
+        rollout = []
+        for t in range(args.num_steps):
+            action = policy(obs, noise[t])
+            next_obs, reward, terminated, ended = run.step_envs(agent.actor.to_env(action))
+            discounted = args.gamma * discounted + reward
+            rollout.append(
+                {
+                    "obs": obs,
+                    "action": action,
+                    "reward": reward,
+                    "terminated": terminated,
+                    "ended": ended,
+                    "discounted": discounted,
+                    "next_obs": next_obs,
+                }
+            )
+            obs = run.reset_ended(next_obs, ended)
+            discounted = np.where(ended, 0, discounted)
+        rollout = stack(rollout, device)  # [T, N, ...]
+        agent.returns.update(rollout["discounted"].unsqueeze(-1))
+
+        # Learn from it.
+        batch = agent.prepare(rollout)
+        if args.anneal_lr:
+            done = (step - run.stride) / run.total
+            agent.optimizer.lr.fill_(args.learning_rate * (1 - done))
+        for _ in range(args.update_epochs):
+            for minibatch in minibatches(batch, args):
+                update(minibatch)
+            if args.target_kl and agent.measure(batch)["policy/kl"] > args.target_kl:
+                break
+        metrics = agent.measure(batch)
+        if args.norm_obs:
+            agent.actor.normalize.update(rollout["obs"])
+
+        # Log, evaluate, checkpoint.
+        run.log(metrics | {"speed/sps": run.steps_per_second()})
+        if run.due(args.eval_every):
+            evaluate(run, agent.actor)
+        if run.save_due():
+            run.save()
+            if run.interrupted:
+                break
+            obs = run.reset_envs()
+            discounted = np.zeros(len(envs))
+    return run.finish()
+
+
+# ==== Plumbing: identical in every file. The algorithm ends here. =================================
+
+
+class InputError(ValueError):
+    """Bad input, described in one sentence that says what to do."""
+
+
+class Spaces(NamedTuple):
+    """Sizes of observations and actions, and the bounds of actions."""
+
+    obs_dim: int
+    act_dim: int  # dimensions of an action, or the number of actions to choose from
+    low: list | None  # bounds of every dimension; None if actions are discrete
+    high: list | None
+
+
+def check_flags(args):
+    """Check all flags, set threads and seed; returns the device. Raises InputError."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        check_flag("--" + name.replace("_", "-"), getattr(args, name), hint)
     if args.resume and not args.run_dir:
-        sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
+        raise InputError("--resume needs --run-dir, the folder of the run to continue")
     if getattr(args, "learning_starts", 0) >= args.total_timesteps:
-        print("warning: nothing is learnt: --learning-starts is not below --total-timesteps", file=sys.stderr)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
-    device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
+        print(
+            "warning: --learning-starts is not below --total-timesteps, so nothing is learned",
+            file=sys.stderr,
+        )
+    if int(os.environ.get("RANK", 0)) > 0 and not distributed.is_initialized():
+        raise InputError(f"{ALGO} runs in one process: start it without torchrun")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
+    # Adam's moments of a dead unit decay into denormal numbers, which are slow on a CPU.
+    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
+    return find_device(args.device)
+
+
+def check_flag(flag, value, hint):
+    """Raise InputError unless `value` has the type and the range of the annotation `hint`."""
+    if get_origin(hint) in (Union, UnionType):  # an optional flag
+        if value is not None:
+            check_flag(flag, value, get_args(hint)[0])
+        return
+    bounds = None
+    if get_origin(hint) is Annotated:
+        bounds = hint.__metadata__[0]
+        hint = hint.__origin__
+
+    # tyro checks types on the command line; this covers calls from Python.
+    if get_origin(hint) is Literal:
+        has_type = value in get_args(hint)
+        type_name = "one of " + ", ".join(get_args(hint))
+    elif get_origin(hint) is tuple:
+        has_type = isinstance(value, tuple | list) and all(type(item) is int for item in value)
+        type_name = "a tuple of int"
+    else:
+        has_type = type(value) is hint or (hint is float and type(value) is int)
+        type_name = f"of type {hint.__name__}"
+    if not has_type:
+        raise InputError(f"{flag} is {value!r}; it must be {type_name}")
+
+    if bounds is not None:
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if not all(bounds.low <= number <= bounds.high for number in numbers):
+            raise InputError(f"{flag} is {value}; it must be {bounds.text}")
+
+
+def find_device(name):
+    """The torch device that --device names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs capture on the current device's stream
     return device
 
 
-def make_env(args, film=None):
-    """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
+def make_env(args, video_folder=None):
+    """Make an environment with flat observations [O]; films it if `video_folder` is given."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
-    film and sys.platform == "linux" and not os.environ.get("DISPLAY") and os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
+    if video_folder is None:
+        env = gym.make(args.env_id)
+    else:
+        env = make_filmed_env(args.env_id, video_folder)
+
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise InputError(
+            f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
+        )
+    if env.spec.max_episode_steps is None:
+        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        env = gym.wrappers.TimeLimit(env, 27_000)
+    # Some environments write every observation into the same array, so copy it.
+    env = gym.wrappers.TransformObservation(env, np.copy, None)
+    # Some environments return the reward as an array of one element.
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
+    actions = env.action_space
+    if isinstance(actions, gym.spaces.Box) and actions.dtype != np.float32:
+        # float32 rounding can push an action outside float64 bounds, so clip.
+        env = gym.wrappers.TransformAction(
+            env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), None
+        )
+    # The usual key, "episode", may be taken by the environment.
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)
+
+
+def make_filmed_env(env_id, video_folder):
+    """Make an environment that films every episode into `video_folder`."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
-        film and env.reset() and env.render()  # which would fail at the first evaluation
-    except Exception as error:  # of which each library that draws has its own
-        film and sys.exit(f"error: cannot film {args.env_id}: {error!r}: leave out --capture-video, or set MUJOCO_GL")
-        raise
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
-    env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
-    env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
-    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
-    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())  # some give an array of one
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        env.render()  # if rendering fails, fail now and not at the first evaluation
+    except Exception as error:  # every rendering library raises exceptions of its own
+        raise InputError(
+            f"cannot film {env_id} ({error!r}): leave out --capture-video, or set MUJOCO_GL"
+        ) from error
+    return gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True)
+
+
+ACTION_SPACES = {
+    "discrete": "Discrete(n) with actions counted from 0",
+    "bounded box": "a flat Box of floats with finite bounds",
+    "box or discrete": "a flat Box of floats, or Discrete(n) with actions counted from 0",
+}
+
+
+def read_spaces(env, supported):
+    """The Spaces of an environment. `supported` is a key of ACTION_SPACES."""
+    obs_dim = env.observation_space.shape[0]
     space = env.action_space
-    if isinstance(space, gym.spaces.Box) and space.dtype != np.float32:  # out of whose bounds a float32 may be rounded
-        env = gym.wrappers.TransformAction(env, lambda a: a.astype(space.dtype).clip(space.low, space.high), None)
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)  # its own key, episode, may be taken
+    if "discrete" in supported and isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return Spaces(obs_dim, int(space.n), None, None)
+    if "box" in supported and isinstance(space, gym.spaces.Box):
+        flat = len(space.shape) == 1 and space.dtype.kind == "f"
+        bounded = all(0 < width < math.inf for width in (space.high - space.low).flat)
+        if flat and (bounded or supported != "bounded box"):
+            return Spaces(obs_dim, space.shape[0], space.low.tolist(), space.high.tolist())
+    raise InputError(f"{ALGO} needs actions in {ACTION_SPACES[supported]}, not {space}")
+
+
+def numpy_mlp(net):
+    """An nn.Sequential as a function of numpy arrays."""
+    layers = []
+    for module in net:
+        if isinstance(module, nn.Linear):
+            weight = module.weight.detach().cpu().numpy().T
+            bias = module.bias.detach().cpu().numpy()
+            layers.append(partial(numpy_linear, weight, bias))
+        elif isinstance(module, nn.Sequential):
+            layers.append(numpy_mlp(module))
+        else:
+            layers.append(NUMPY_LAYERS[type(module)])
+
+    def forward(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return forward
+
+
+def numpy_linear(weight, bias, x):
+    """nn.Linear in numpy; `weight` is transposed."""
+    return x @ weight + bias
+
+
+def numpy_elu(x):
+    """nn.ELU in numpy."""
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+
+def numpy_silu(x):
+    """nn.SiLU in numpy; with tanh, as exp would overflow."""
+    return x / 2 * (1 + np.tanh(x / 2))
+
+
+def numpy_layer_norm(x):
+    """nn.LayerNorm without parameters in numpy."""
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+
+NUMPY_LAYERS = {
+    nn.ReLU: partial(np.maximum, 0),
+    nn.Tanh: np.tanh,
+    nn.ELU: numpy_elu,
+    nn.SiLU: numpy_silu,
+    nn.LayerNorm: numpy_layer_norm,
+}
+
+
+# A resumed run may change these flags. All others must stay as they were.
+MAY_CHANGE = {
+    "total_timesteps",
+    "device",
+    "threads",
+    "run_dir",
+    "resume",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "track",
+    "capture_video",
+    "compile",
+    "cuda_graph",
+}
 
 
 class Run:
-    """A run folder: one writer, metrics.jsonl as the source of truth, checkpoints that outlive a kill at any moment."""
+    """A run folder and its progress: stepping, logging, checkpoints.
 
-    def __init__(self, args, actor, parts):
-        """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
-        if int(os.environ.get("RANK", 0)) > 0:  # where work is shared among ranks, this one has a Follower
-            sys.exit(f"error: {ALGO} is for one process: leave out torchrun, which ppo, trpo and vpg alone can use")
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-        while not args.run_dir and self.dir.exists():  # begun in the same second
-            self.dir = self.dir.with_name(f"{self.dir.name}-2")
-        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
+    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
+    nothing that was checkpointed.
+    """
+
+    def __init__(self, args, envs, **parts):
+        """Open or resume a folder. A checkpoint holds the `parts`; one of them is `agent`."""
+        self.args = args
+        self.envs = envs
+        self.parts = parts
+        self.total = args.total_timesteps
+        self.step = 0  # environment steps so far
+        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
+        self.first_env = 0  # the index of envs[0] among all environments
+        self.interrupted = False
+        self.last = {}  # last value of every metric
+
+        self.folder = choose_folder(args)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
-            importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
-        except BlockingIOError:
-            sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
-        except (OSError, ImportError) as error:  # some file systems cannot lock, and Windows has no fcntl
-            print(f"warning: {self.dir} cannot be locked ({error}): let no second process write to it", file=sys.stderr)
-        try:
-            self.begin(args)
+            lock(self.metrics_file, self.folder)
+            self.open()
         except BaseException:
-            self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def begin(self, args):
-        """Take up what the folder holds, if that is the same run, and make ready to log and to evaluate."""
-        flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
-        if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
-            sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
-        saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
-        token = saved.get("id") or os.urandom(4).hex()  # since a folder elsewhere may have the same name
-        saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
-        if changed := [f"{k} {saved.get(k)}" for k in fixed if flags[k] != saved.get(k) and k != "total_timesteps"]:
-            sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
+    def open(self):
+        """Check and restore what the folder holds, then prepare to evaluate and to log."""
+        args = self.args
+        path = self.folder / "config.json"
+        flags = json.loads(json.dumps(asdict(args)))  # as the file has them: lists for tuples
+        config = {"algo": ALGO, "args": flags, "command": sys.argv, "commit": git_commit()}
+        config["id"] = os.urandom(4).hex()  # tells apart folders of one name on two machines
+        if path.exists():
+            saved = json.loads(path.read_text())
+            config["id"] = saved.get("id") or config["id"]
+        else:
+            saved = config
+        self.check_saved_config(saved, flags, path.exists())
         self.restore()
-        versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
-        versions["python"] = sys.version.split()[0]
-        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        films = args.eval_every and args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
-        self.eval_envs = [make_env(args, film) for film in (films if args.eval_every else films[:1])]
-        if 0 < args.checkpoint_every < 10 * args.num_envs * self.eval_envs[0].spec.max_episode_steps:
-            print("warning: --checkpoint-every is under 10 episodes of each environment: it cuts them", file=sys.stderr)
-        self.mirror = lambda row: None
-        if args.track == "tensorboard":
-            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
-            self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
-        elif args.track != "none":
-            name = f"{self.dir.name}-{token}"  # a resumed run is the same run there
-            own = {"id": name, "reinit": "finish_previous"} if args.track == "wandb" else {}
-            tracker = importlib.import_module(args.track)
-            tracker.init(project="onefile", name=name, config=flags, resume="allow", **own)
-            self.mirror = lambda row: tracker.log(row, step=self.step)
-        (self.dir / "result.json").unlink(missing_ok=True)
-        if self.step < self.total:  # a run that is over keeps the flags, the command and the commit that made it
-            self.write("config.json", config | {"id": token, "versions": versions})
+
+        if args.eval_every:
+            videos = self.folder / "videos" if args.capture_video else None
+            self.eval_envs = [make_env(args, videos)]
+            self.eval_envs += [make_env(args) for _ in range(args.eval_episodes - 1)]
+        else:
+            self.eval_envs = []
+        episode_steps = self.envs[0].spec.max_episode_steps * args.num_envs
+        if 0 < args.checkpoint_every < 10 * episode_steps:
+            print(
+                "warning: every checkpoint cuts the episodes short, "
+                f"so set --checkpoint-every to at least 10 episodes, {10 * episode_steps}",
+                file=sys.stderr,
+            )
+        self.tracker = open_tracker(
+            args, self.folder, f"{self.folder.name}-{config['id']}", self.step
+        )
+        (self.folder / "result.json").unlink(missing_ok=True)
+        versions = {"python": sys.version.split()[0]}
+        for name in ("torch", "gymnasium", "mujoco"):
+            versions[name] = getattr(sys.modules.get(name), "__version__", None)
+        if self.step < self.total:  # a finished run keeps the config that made it
+            self.write("config.json", config | {"versions": versions})
+
+    def check_saved_config(self, saved, flags, config_exists):
+        """Raise InputError unless this is a new run, or a resumed one with the same flags."""
+        has_run = config_exists or self.metrics_file.seek(0, os.SEEK_END) > 0
+        if has_run and not self.args.resume:
+            raise InputError(
+                f"{self.folder} holds a run: add --resume to continue it, or change --run-dir"
+            )
+        changed = []
+        if saved["algo"] != ALGO:
+            changed.append(f"algo {saved['algo']}")
+        for name, value in flags.items():
+            if name not in MAY_CHANGE and saved["args"].get(name) != value:
+                changed.append(f"--{name.replace('_', '-')} {saved['args'].get(name)}")
+        if changed:
+            raise InputError(
+                f"{self.folder} was started with {', '.join(changed)}: "
+                "use the same, or choose another --run-dir"
+            )
 
     def restore(self):
-        """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
-        self.step, seconds, self.last, size = 0, 0.0, {}, 0
-        paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt") if (path := self.dir / name).exists()]
+        """Load the newest checkpoint that can be read, and drop the metrics that came after it."""
+        seconds = 0.0
+        metrics_size = 0
+        paths = [self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"]
+        paths = [path for path in paths if path.exists()]
+        restored = False
         for path in paths:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                self.step, seconds, self.last, size = state["run"]
+                self.step = state["run"]["step"]
+                self.last = state["run"]["last"]
+                seconds = state["run"]["seconds"]
+                metrics_size = state["run"]["metrics_size"]
                 for name, part in self.parts.items():
-                    (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
-                for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
-                    set_rng_state(rng)
-            except Exception as error:  # whatever a damaged file leads to
-                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):  # for want of memory
-                    sys.exit(f"error: cannot read {path}, which may be whole: {error}")
-                print(f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr)
+                    part.load_state_dict(state[name])
+                torch.set_rng_state(state["rng"])
+                if "cuda_rng" in state and torch.cuda.is_initialized():
+                    torch.cuda.set_rng_state(state["cuda_rng"])
+            except Exception as error:  # a damaged file can raise anything
+                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):
+                    raise OSError(f"cannot read {path}, which may be intact: {error}") from error
+                print(
+                    f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr
+                )
                 continue
-            if path != paths[0]:  # or the next checkpoint would keep a damaged file and drop this one
-                os.replace(paths[0], self.dir / "checkpoint.damaged.pt")
-            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
+            if path != paths[0]:
+                # Move the damaged file away: the next checkpoint would keep it and drop this one.
+                os.replace(paths[0], self.folder / "checkpoint.damaged.pt")
+            print(f"{self.folder}: resuming at step {self.step} of {self.total}", file=sys.stderr)
+            restored = True
             break
-        else:
-            if paths:
-                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away, or use an older {ALGO}.py")
-        self.began = time.monotonic() - seconds
-        self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
+        if paths and not restored:
+            raise InputError(
+                f"no checkpoint in {self.folder} can be read: "
+                f"move them away to start anew, or use the version of {ALGO}.py that wrote them"
+            )
+        self.start_time = time.monotonic() - seconds
+        self.metrics_file.truncate(min(metrics_size, self.metrics_file.seek(0, os.SEEK_END)))
 
-    def write(self, name, content, old=None):
-        """Put JSON or what torch.save makes under another name, sync, rename; the file before it becomes `old`."""
-        new = self.dir / f"{name}.new"
+    def write(self, name, content, keep_old_as=None):
+        """Replace a file of the folder at once: write a new one, sync it, rename it."""
+        new = self.folder / f"{name}.new"
         try:
-            with open(new, "wb") as f:
-                torch.save(content, f) if name.endswith(".pt") else f.write(json.dumps(content, indent=1).encode())
-                os.fsync(f.fileno())
+            with open(new, "wb") as file:
+                if name.endswith(".pt"):
+                    torch.save(content, file)
+                else:
+                    file.write(json.dumps(content, indent=1).encode())
+                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
-            sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
-        if old and (self.dir / name).exists():
-            os.replace(self.dir / name, self.dir / old)
-        os.replace(new, self.dir / name)
+            raise OSError(
+                f"cannot write {new} ({error}): make room, then --resume; earlier files are intact"
+            ) from error
+        if keep_old_as and (self.folder / name).exists():
+            os.replace(self.folder / name, self.folder / keep_old_as)
+        os.replace(new, self.folder / name)
 
     def save(self):
-        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt; a box may have no bounds."""
-        state = {k: v[: self.step].clone() if torch.is_tensor(v) else v.state_dict() for k, v in self.parts.items()}
-        if not all(x.isfinite().all() for name, x in state["agent"].items() if name not in ("actor.low", "actor.high")):
-            sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
-        os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
-        run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
-        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-        self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
+        """Write policy.pt and checkpoint.pt; the last checkpoint becomes checkpoint.prev.pt."""
+        agent = self.parts["agent"]
+        for name, tensor in agent.state_dict().items():
+            is_bound = name in ("actor.low", "actor.high")
+            if not is_bound and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} not finite at step {self.step}: start anew with a lower learning rate"
+                )
+        os.fsync(self.metrics_file.fileno())
+        policy = {"args": asdict(self.args), "spaces": list(agent.spaces)}
+        self.write("policy.pt", policy | {"actor": agent.actor.state_dict()})
+
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state["run"] = {
+            "step": self.step,
+            "last": self.last,
+            "seconds": time.monotonic() - self.start_time,
+            "metrics_size": os.fstat(self.metrics_file.fileno()).st_size,
+        }
+        self.write("checkpoint.pt", state, keep_old_as="checkpoint.prev.pt")
+
+    def finish(self):
+        """Write and return the last metrics. Raises KeyboardInterrupt if Ctrl-C ended the run."""
         if self.interrupted and self.step < self.total:
-            command = shlex.join(["python", sys.argv[0], "--resume", "--run-dir", str(self.dir)])
-            sys.exit(f"step {self.step}: {command} goes on, but differs")
+            command = ["python", sys.argv[0], "--resume", "--run-dir", str(self.folder)]
+            raise KeyboardInterrupt(
+                f"Interrupted at step {self.step}. To resume: {shlex.join(command)} "
+                "(the result will differ from an uninterrupted run)"
+            )
+        self.write("result.json", self.last)
+        return self.last
 
     def steps(self, stride):
-        """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
-        self.stride, self.interrupted, tty = stride, False, sys.stderr.isatty()
-        catch = signal.signal if threading.current_thread() is threading.main_thread() else lambda *_: None
-        before = catch(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
-        bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=None if tty else open(os.devnull, "w"))
+        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        self.stride = stride
+        on_terminal = sys.stderr.isatty()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            old_handler = signal.signal(signal.SIGINT, self.interrupt)
         try:
-            for self.step in range(self.step + stride, self.total + stride, stride):
-                yield self.step
-                bar.set_postfix_str(f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False)
-                bar.update(stride)
-                if not tty and self.due(10_000):
-                    print(bar, flush=True)
+            with open(os.devnull, "w") as nowhere:
+                file = None if on_terminal else nowhere  # None is stderr
+                bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=file)
+                while self.step < self.total:
+                    yield self.step + stride
+                    bar.set_postfix_str(
+                        f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False
+                    )
+                    bar.update(stride)
+                    if not on_terminal and self.due(10_000):
+                        print(bar, flush=True)
         finally:
-            catch(signal.SIGINT, before)
-            self.metrics.close()
-            [env.close() for env in self.eval_envs]
+            if in_main_thread:
+                signal.signal(signal.SIGINT, old_handler)
+            self.metrics_file.close()
+            for env in self.eval_envs:
+                env.close()
 
-    def due(self, every):
-        """Whether this round reached a multiple of `every`, or is the last."""
-        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+    def interrupt(self, signum, frame):
+        """Handle Ctrl-C: `train` saves and stops at the end of its current iteration."""
+        self.interrupted = True
 
-    def log(self, row):
-        """Append a row to metrics.jsonl and mirror it; a number that is not finite ends the run."""
-        row = {name: float(value) for name, value in row.items()}
-        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            sys.exit(f"error: {', '.join(bad)} not finite at step {self.step}: lower the learning rates")
-        self.mirror(row)
-        row = {"step": self.step, "wall": round(time.monotonic() - self.began, 3), **row}
-        self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.last |= row
+    def reset_envs(self):
+        """Start an episode everywhere, with seeds made of (seed, step) -> observations [N, O]."""
+        seeds = self.seeds(self.args.num_envs)
+        seeds = seeds[self.first_env : self.first_env + len(self.envs)]
+        obs = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
+        return self.check_finite(np.stack(obs))
 
-    def reset(self, envs, seeds):
-        """Begin an episode in each environment -> observations [N, O]."""
-        return self.finite(np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]))
+    def step_envs(self, action):
+        """Step every environment with action [N, ...].
 
-    def finite(self, obs, *others):
-        """obs [N, O], if it and the others [N, .] are finite."""
-        if not np.isfinite(np.column_stack((obs, *others)).astype(np.float32)).all():
-            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        return obs
-
-    def interact(self, envs, actions):
-        """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
-        steps = [env.step(action.copy())[:4] for env, action in zip(envs, actions)]  # some scale an action in place
-        true_obs, reward, terminated, truncated = (np.array(x) for x in zip(*steps))
-        ended = np.logical_or(terminated, truncated)
-        obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
-        self.finite(obs, true_obs, reward)
+        Returns next_obs [N, O], the last observation where an episode ended; reward, terminated
+        and ended (terminated or truncated), all [N].
+        """
+        self.step += self.args.num_envs
+        next_obs = []
+        reward = []
+        terminated = []
+        truncated = []
+        for env, env_action in zip(self.envs, action, strict=True):
+            # Some environments scale an action in place, so pass a copy.
+            result = env.step(env_action.copy())
+            next_obs.append(result[0])
+            reward.append(result[1])
+            terminated.append(result[2])
+            truncated.append(result[3])
+        next_obs = self.check_finite(np.array(next_obs))
+        reward = self.check_finite(np.array(reward))
+        terminated = np.array(terminated, bool)
+        ended = terminated | np.array(truncated, bool)
         for i in np.flatnonzero(ended):
-            self.log({"episode/return": envs[i].return_queue[-1], "episode/length": envs[i].length_queue[-1]})
-        return obs, reward, terminated, ended, true_obs
+            env = self.envs[i]
+            self.log(
+                {"episode/return": env.return_queue[-1], "episode/length": env.length_queue[-1]}
+            )
+        return next_obs, reward, terminated, ended
+
+    def reset_ended(self, next_obs, ended):
+        """Restart the environments whose episode ended -> observations to act on [N, O]."""
+        if not ended.any():
+            return next_obs
+        obs = next_obs.copy()
+        for i in np.flatnonzero(ended):
+            obs[i], _ = self.envs[i].reset()
+        return self.check_finite(obs)
+
+    def check_finite(self, values):
+        """Return `values`, observations or rewards, if float32 can hold them."""
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise FloatingPointError(
+                f"reward or observation not finite at step {self.step}: "
+                "fix the environment or lower the learning rate"
+            )
+        return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
-        return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        return (
+            np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+        )
+
+    def updates_due(self, utd, learning_starts, every=1):
+        """The numbers of the updates due in this iteration, counted from 0 over the run.
+
+        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        """
+        before = max(0, self.step - self.stride - learning_starts)
+        now = max(0, self.step - learning_starts)
+        return range(int(utd * before) // every, int(utd * now) // every)
+
+    def due(self, every):
+        """Whether this iteration reached a multiple of `every`, or is the last."""
+        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+
+    def save_due(self):
+        """Whether a checkpoint is due, or Ctrl-C asked for the last one."""
+        return self.due(self.args.checkpoint_every) or self.interrupted
+
+    def steps_per_second(self):
+        """Environment steps per second since the run began."""
+        return self.step / (time.monotonic() - self.start_time)
+
+    def log(self, metrics):
+        """Append a row to metrics.jsonl. Raises FloatingPointError if a number is not finite."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
+            )
+        self.tracker(metrics, self.step)
+        row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
+        self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.last |= row
 
 
-RANK, RANKS = (int(os.environ.get(n, d)) if "RANK" in os.environ else d for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+# torchrun starts RANKS processes, called ranks; each steps its share of the environments.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def check_rollout_flags(args):
+    """Like `check_flags`, and checks what rollouts need; joins the other ranks.
+
+    Returns args, with total_timesteps rounded up to whole rollouts, and the device.
+    """
+    device_name = args.device
+    if RANKS > 1:
+        if args.compile:
+            raise InputError(
+                "--compile works in one process only: leave it out, or leave out torchrun"
+            )
+        device_name = rank_device(args.device)
+        if not distributed.is_initialized():
+            backend = "nccl" if device_name.startswith("cuda") else "gloo"
+            # The other ranks wait while rank 0 evaluates, for as long as that takes.
+            distributed.init_process_group(backend, timeout=timedelta(days=1))
+    device = check_flags(replace(args, device=device_name))
+
+    if args.num_envs % RANKS:
+        raise InputError(
+            f"--num-envs {args.num_envs} cannot be shared by {RANKS} processes: "
+            f"choose a multiple of {RANKS}"
+        )
+    if args.num_steps % args.num_minibatches:
+        divisors = [n for n in range(1, args.num_steps + 1) if args.num_steps % n == 0]
+        raise InputError(
+            f"--num-minibatches {args.num_minibatches} must divide --num-steps {args.num_steps}: "
+            f"choose one of {divisors}"
+        )
+    rollout_size = args.num_steps * args.num_envs
+    if args.norm_adv and rollout_size == 1:
+        raise InputError(
+            "a rollout of one step cannot be normalised: raise --num-steps, or add --no-norm-adv"
+        )
+    total_timesteps = math.ceil(args.total_timesteps / rollout_size) * rollout_size
+    return replace(args, total_timesteps=total_timesteps), device
+
+
+def rank_device(name):
+    """The device of this rank: a GPU of its own where there are enough, with --device auto."""
+    enough_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", RANKS))
+    if name == "auto" and not enough_gpus:
+        return "cpu"
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+def make_envs(args):
+    """Make this rank's share of --num-envs environments."""
+    return [make_env(args) for _ in range(args.num_envs // RANKS)]
+
+
+def share(x):
+    """This rank's share of x [T, all environments, ...] -> [T, N, ...]."""
+    n = x.shape[1] // RANKS
+    return x[:, RANK * n : (RANK + 1) * n]
+
+
+def stack(rows, device):
+    """A list of T dicts of arrays [N, ...] -> a dict of float32 tensors [T, N, ...]."""
+    stacked = {}
+    for name in rows[0]:
+        array = np.stack([row[name] for row in rows])
+        stacked[name] = torch.as_tensor(array, dtype=torch.float32, device=device)
+    return stacked
+
+
+def minibatches(batch, args):
+    """Split a batch [T N, ...] at random; parts have equally many steps of every environment."""
+    n = args.num_envs // RANKS
+    order = share(torch.rand(args.num_steps, args.num_envs).argsort(0)) * n + torch.arange(n)
+    order = order.flatten().to(batch["obs"].device)
+    chunks = [tensor[order].chunk(args.num_minibatches) for tensor in batch.values()]
+    for tensors in zip(*chunks, strict=True):
+        yield dict(zip(batch, tensors, strict=True))
+
+
+class RankRun(Run):
+    """The Run of rank 0, which can stop the other ranks."""
+
+    def save_due(self):
+        """Whether a checkpoint is due, on all ranks alike."""
+        device = next(self.parts["agent"].parameters()).device
+        interrupted = torch.tensor(float(self.interrupted), device=device)
+        self.interrupted = bool(mean_over_ranks(interrupted))
+        return super().save_due()
+
+
+class Follower(RankRun):
+    """The Run of the other ranks, which writes nothing."""
+
+    def __init__(self, args, envs, **parts):
+        self.args = args
+        self.envs = envs
+        self.parts = parts
+        self.total = args.total_timesteps
+        self.step = 0
+        self.stride = args.num_envs
+        self.interrupted = False
+        self.last = {}
+        self.eval_envs = []
+        self.start_time = time.monotonic()
+
+    def steps(self, stride):
+        self.stride = stride
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
+        while self.step < self.total:
+            yield self.step + stride
+
+    def log(self, metrics):
+        pass
+
+    def save(self):
+        pass
+
+    def finish(self):
+        if self.interrupted and self.step < self.total:
+            # Exit with status 0: after a failure, torchrun would kill rank 0 while it writes.
+            os._exit(0)
+        return self.last
+
+
+def open_run(args, envs, agent):
+    """Open the run folder on rank 0 and bring the other ranks to the same state."""
+    run = RankRun(args, envs, agent=agent) if RANK == 0 else Follower(args, envs, agent=agent)
+    run.first_env = RANK * len(envs)
+    if RANKS == 1:
+        return run
+    flags = asdict(args)
+    state = [run.step, torch.get_rng_state(), flags]
+    collective(distributed.broadcast_object_list, state)
+    run.step = state[0]
+    torch.set_rng_state(state[1])
+    for name, value in state[2].items():
+        if flags[name] != value and (name not in MAY_CHANGE or name == "total_timesteps"):
+            raise InputError(
+                f"--{name.replace('_', '-')} differs between rank {RANK} and rank 0: "
+                "pass all flags on every rank, or share --run-dir"
+            )
+    for tensor in agent.state_dict().values():
+        collective(partial(distributed.broadcast, src=0), tensor)
+    return run
 
 
 def collective(operation, x):
-    """What all ranks take part in, or one sentence where they are no longer all there."""
+    """Run an operation that all ranks take part in. Raises InputError if one is gone."""
     try:
         operation(x)
     except RuntimeError as error:
-        sys.exit(f"error: rank {RANK} has lost another one ({error}): see what ended that, then --resume")
+        raise InputError(
+            f"rank {RANK} lost another rank ({error}): fix what ended that one, then --resume"
+        ) from error
 
 
 def mean_over_ranks(x):
-    """The average of a tensor over all ranks, in place."""
+    """The mean of a tensor over all ranks, in place."""
     if RANKS > 1:
         collective(distributed.all_reduce, x)
         x /= RANKS
     return x
 
 
-class Follower(Run):
-    """The Run of a rank above 0: it writes nothing, and `join` brings it where rank 0 is."""
+def metrics_over_ranks(metrics):
+    """The mean of every metric over all ranks."""
+    return {name: mean_over_ranks(value) for name, value in metrics.items()}
 
-    def __init__(self, args, actor, parts):
-        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
-        self.step, self.last, self.began, self.interrupted = 0, {}, time.monotonic(), False
 
-    def steps(self, stride):
-        self.stride = stride
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when to stop
-        for self.step in range(self.step + stride, self.total + stride, stride):
-            yield self.step
+def choose_folder(args):
+    """--run-dir, or a new folder under runs/."""
+    if args.run_dir:
+        return Path(args.run_dir)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs", name.replace("/", "-").replace(":", "-"))
+    while folder.exists():  # another run started in the same second
+        folder = folder.with_name(f"{folder.name}-2")
+    return folder
 
-    def save(self):
-        if self.interrupted and self.step < self.total:
-            os._exit(0)  # as no failure, for which rank 0 would be killed while it writes
 
-    def log(self, *_):
+def lock(file, folder):
+    """Lock the metrics file, so that no second process writes to the folder."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process writes to {folder}: wait for it, or choose another --run-dir"
+        ) from error
+    except (OSError, ImportError) as error:  # some file systems cannot lock; Windows has no fcntl
+        print(
+            f"warning: {folder} cannot be locked ({error}): start no second run in it",
+            file=sys.stderr,
+        )
+
+
+def git_commit():
+    """The commit of the repository that holds this file, or None."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def open_tracker(args, folder, run_name, step):
+    """Open what --track names; returns a function that logs a dict of metrics at a step."""
+
+    def log_nowhere(metrics, step):
         pass
 
-    write = log
+    def log_to_tensorboard(metrics, step):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    def log_to_module(metrics, step):
+        module.log(metrics, step=step)
+
+    # `resume` makes a resumed run the same run there.
+    options = {"project": "onefile", "name": run_name, "config": asdict(args), "resume": "allow"}
+    try:
+        if args.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder, purge_step=step + 1)
+            return log_to_tensorboard
+        if args.track == "wandb":
+            import wandb as module
+
+            module.init(id=run_name, reinit="finish_previous", **options)
+            return log_to_module
+        if args.track == "trackio":
+            import trackio as module
+
+            module.init(**options)
+            return log_to_module
+    except ImportError as error:
+        raise InputError(
+            f"--track {args.track} needs a missing package ({error}): pip install {args.track}"
+        ) from error
+    return log_nowhere
 
 
-def join(run):
-    """Send what rank 0 restored to the others, which must have its flags."""
-    flags = asdict(run.args)
-    state = [run.step, torch.get_rng_state(), flags]
-    collective(distributed.broadcast_object_list, state)
-    run.step, rng, theirs = state
-    if other := [name for name in [*flags][: [*flags].index("device")] if flags[name] != theirs[name]]:
-        sys.exit(f"error: rank {RANK} has another {other[0]} than rank 0: type all flags, or share --run-dir")
-    torch.set_rng_state(rng)
-    for tensor in run.parts["agent"].state_dict().values():
-        collective(partial(distributed.broadcast, src=0), tensor)
+def evaluate(run, actor):
+    """Log --eval-episodes deterministic episodes, in environments and with seeds of their own."""
+    if not run.eval_envs:
+        return
+    filmed_env = run.eval_envs[0]
+    if run.args.capture_video:
+        filmed_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
+    obs = {}  # environment -> observation, while its episode lasts
+    for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1), strict=True):
+        obs[env], _ = env.reset(seed=seed)
+    while obs:
+        actions = actor.act(np.stack(list(obs.values())), deterministic=True)
+        for env, action in zip(list(obs), actions, strict=True):
+            obs[env], _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                del obs[env]
+    if run.args.capture_video:
+        try:
+            filmed_env.get_wrapper_attr("stop_recording")()
+        except OSError:
+            if not run.interrupted:  # Ctrl-C stops ffmpeg too, and the video is lost
+                raise
+
+    episodes = np.array([(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs])
+    mean, length = episodes.mean(0).tolist()
+    std = float(episodes.std(0)[0])
+    best = max(mean, run.last.get("eval/best", mean))
+    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
+    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, best {best:.1f}")
 
 
 class Adam(nn.Module):
-    """Adam, https://arxiv.org/abs/1412.6980: a fused kernel, or in an update that is compiled the same in parts."""
+    """Adam, arXiv 1412.6980, as one fused kernel; in a compiled update, the same written out."""
 
     def __init__(self, parameters, lr, eps=1e-8):
+        """`lr` is a number, or a scalar tensor that a schedule fills."""
         super().__init__()
-        self.weights, self.lr, self.eps, self.betas = [*parameters], lr, eps, (0.9, 0.999)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.float32))  # as which CUDA's kernel reads it
-        for i, weight in enumerate(self.weights):
-            self.register_buffer(f"mean_{i}", torch.zeros_like(weight))
-            self.register_buffer(f"square_{i}", torch.zeros_like(weight))
+        self.parameters_held = list(parameters)
+        self.eps = eps
+        self.beta1 = 0.9
+        self.beta2 = 0.999
+        if torch.is_tensor(lr):
+            self.register_buffer("lr", lr)
+        else:
+            self.lr = lr
+        self.register_buffer("steps", torch.zeros(()))
+        for i, parameter in enumerate(self.parameters_held):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(parameter))
+            self.register_buffer(f"square_{i}", torch.zeros_like(parameter))
 
     @torch.no_grad()
     def step(self, gradients):
-        """Move the weights, of whose loss these are the gradients."""
-        (steps, *moments), (beta1, beta2) = self.buffers(), self.betas
-        lists = self.weights, [x.contiguous() for x in gradients], moments[::2], moments[1::2]
-        steps += 1
-        if not torch.compiler.is_compiling():
-            options = {"lr": self.lr, "eps": self.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-            torch._fused_adam_(*lists, [], [steps] * len(gradients), beta1=beta1, beta2=beta2, **options)
-            self.held = lists[1]  # memory given back and taken anew at every step is a tenth of SAC's time
+        """Move the parameters, given the gradients of the loss."""
+        count = len(self.parameters_held)
+        means = [self.get_buffer(f"mean_{i}") for i in range(count)]
+        squares = [self.get_buffer(f"square_{i}") for i in range(count)]
+        gradients = [gradient.contiguous() for gradient in gradients]
+        self.steps += 1
+        if torch.compiler.is_compiling():
+            self.step_written_out(gradients, means, squares)
             return
-        scale, spread = (1 - beta ** steps.double() for beta in self.betas)  # float32 would cancel
-        for weight, gradient, mean, square in zip(*lists):
-            mean.lerp_(gradient, 1 - beta1)
-            square.lerp_(gradient.square(), 1 - beta2)
-            weight.sub_(self.lr / scale * mean / ((square / spread).sqrt() + self.eps))
+        torch._fused_adam_(
+            self.parameters_held,
+            gradients,
+            means,
+            squares,
+            [],
+            [self.steps] * count,
+            lr=self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        # Keep the gradients alive: reallocating them costs 10 % of a SAC step.
+        self.gradients = gradients
+
+    def step_written_out(self, gradients, means, squares):
+        """The same step in operations that a compiler can fuse."""
+        # In float32, 1 - beta**t loses its digits for small t.
+        mean_correction = 1 - self.beta1 ** self.steps.double()
+        square_correction = 1 - self.beta2 ** self.steps.double()
+        for parameter, gradient, mean, square in zip(
+            self.parameters_held, gradients, means, squares, strict=True
+        ):
+            mean.lerp_(gradient, 1 - self.beta1)
+            square.lerp_(gradient.square(), 1 - self.beta2)
+            root = (square / square_correction).sqrt() + self.eps
+            parameter.sub_(self.lr / mean_correction * mean / root)
 
 
-def compiled(update):
-    """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
-    inductor = importlib.import_module("torch._inductor.compile_fx")
-    torch._dynamo.config.trace_autograd_ops, torch._dynamo.config.recompile_limit = True, 256  # networks of a notebook
-    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])
+def accelerate(update, args, device):
+    """`update`, made faster as the flags and the device allow. It computes the same."""
+    if args.compile:
+        update = compile_update(update)
+    if args.cuda_graph and device.type == "cuda" and not distributed.is_initialized():
+        update = CudaGraph(update)
+    if device.type == "cpu" and min(args.hidden, default=0) >= 256:
+        update = with_onednn(update)
+    return update
+
+
+def compile_update(update):
+    """Compile `update` into one graph, gradients and optimizers included."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import decompositions
+
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.recompile_limit = 256  # a notebook may train many networks
+    # Splitting these products from their bias lets the bias fuse with the operations after it.
+    aten = torch.ops.aten
+    split = torch._decomp.get_decompositions([aten.addmm, aten.baddbmm])
 
     def backend(graph, inputs):
-        with mock.patch.dict(torch._inductor.decomposition.decompositions, parts):  # a bias fuses with what follows it
-            return inductor.compile_fx(graph, inputs, config_patches={"fallback_random": True})
+        # fallback_random draws the same random numbers as the update that is not compiled.
+        return compile_fx(
+            graph,
+            inputs,
+            decompositions=decompositions | split,
+            config_patches={"fallback_random": True},
+        )
 
-    graph = torch.compile(update, backend=backend, fullgraph=True)
+    compiled = torch.compile(update, backend=backend, fullgraph=True)
 
     def call(batch):
         try:
-            return graph(batch)
+            return compiled(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            sys.exit(f"{error}\nerror: the update cannot be compiled, for the reason above: leave out --compile")
+            raise InputError(
+                f"the update cannot be compiled: leave out --compile\n{error}"
+            ) from error
 
     return call
 
 
 class CudaGraph:
-    """`update`: called as it is three times, since capture wants it warm; then captured, and replayed."""
+    """Calls `update` three times to warm up, then captures it as a CUDA graph and replays that."""
 
     def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+        self.update = update
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
         self.calls += 1
         if self.calls <= 3:
             return self.update(batch)
         if self.calls == 4:
-            self.batch = batch.clone()
+            self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             try:
                 with torch.cuda.graph(self.graph):
                     self.metrics = self.update(self.batch)
             except RuntimeError as error:
-                sys.exit(f"{error}\nerror: the update cannot be captured, for the reason above: add --no-cuda-graph")
-        self.batch.copy_(batch)
+                raise InputError(
+                    f"the update cannot be captured: add --no-cuda-graph\n{error}"
+                ) from error
+        torch._foreach_copy_(list(self.batch.values()), list(batch.values()))
         self.graph.replay()
         return self.metrics
 
 
-# ==== end of plumbing =================================================================================================
-def evaluate(run):
-    """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
-    run.args.capture_video and run.eval_envs[0].set_wrapper_attr("name_prefix", f"step-{run.step}")
-    obs = {env: env.reset(seed=seed)[0] for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1))}
-    while obs:  # those under way
-        for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
-            obs[env], _, terminated, truncated, _ = env.step(action)
-            (terminated or truncated) and obs.pop(env)
-    try:
-        run.args.capture_video and run.eval_envs[0].get_wrapper_attr("stop_recording")()
-    except OSError:
-        if not run.interrupted:  # by Ctrl-C, of which ffmpeg hears too
-            raise
-    episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
-    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
-    best = max(mean, run.last.get("eval/best", mean))
-    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
-    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, the best so far {best:.1f}")
+def with_onednn(update):
+    """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
+
+    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
+    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+    if not is_amd or matmul.fp32_precision != "none":
+        return update
+
+    def call(function, *inputs):
+        matmul.fp32_precision = "bf16"
+        try:
+            return function(*inputs)
+        finally:
+            matmul.fp32_precision = "none"
+
+    x = torch.full((256, 256), 1 + 2**-20)  # rounds to 1 in bfloat16
+    is_exact = call(torch.mm, x, torch.eye(256)).equal(x)
+    return partial(call, update) if is_exact else update
 
 
 def load_policy(run_dir, deterministic=True):
-    """What a run left in its policy.pt: a function obs [..., O] -> action [...] or [..., A], in numpy."""
-    saved = torch.load(Path(run_dir) / "policy.pt", map_location="cpu", weights_only=True)
-    actor = Actor(**saved["init"])
+    """The policy that a run saved: observations [..., O] -> actions, both numpy arrays."""
+    saved = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
+    actor = Agent(Args(**saved["args"]), Spaces(*saved["spaces"])).actor
     actor.load_state_dict(saved["actor"])
     return partial(actor.act, deterministic=deterministic)
 
 
-def train(args):
-    """Run PPO as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
-    above_0 = "num_steps update_epochs num_minibatches learning_rate clip_coef max_grad_norm target_kl hidden"
-    if RANKS > 1 and args.compile:
-        sys.exit("error: --compile is for one process, since it cannot compile what ranks exchange: leave it out")
-    fits = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", RANKS))  # a GPU for each rank
-    place = "cpu" if RANKS > 1 and args.device == "auto" and not fits else args.device
-    if RANKS > 1 and place in ("auto", "cuda") and torch.cuda.is_available():
-        place = f"cuda:{os.environ['LOCAL_RANK']}"
-    if RANKS > 1 and not distributed.is_initialized():
-        backend = "nccl" if place.startswith("cuda") else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(days=1))  # an evaluation takes what it takes
-    device = start(replace(args, device=place), above_0, "ent_coef vf_coef", "gamma gae_lambda")
-    if args.num_envs % RANKS:
-        sys.exit(f"error: --num-envs {args.num_envs} cannot be shared by {RANKS} ranks: choose a multiple of {RANKS}")
-    if args.num_steps % args.num_minibatches:
-        fits = [m for m in range(1, args.num_steps + 1) if args.num_steps % m == 0]
-        sys.exit(f"error: --num-minibatches {args.num_minibatches} must divide --num-steps {args.num_steps}: {fits} do")
-    stride, n = args.num_steps * args.num_envs, args.num_envs // RANKS
-    if args.norm_adv and stride == 1:
-        sys.exit("error: a rollout of one step has nothing to normalise by: more --num-steps, or --no-norm-adv")
-    args = replace(args, total_timesteps=math.ceil(args.total_timesteps / stride) * stride)
-    envs = [make_env(args) for _ in range(n)]
-    space, mine = envs[0].action_space, slice(RANK * n, RANK * n + n)
-    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
-        box = int(space.n), None, None
-    elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f":
-        box = space.shape[0], space.low.tolist(), space.high.tolist()
-    else:
-        sys.exit(f"error: {ALGO} needs actions Discrete(n) from 0 on, or in a flat Box of floats, not {space}")
-    agent = Agent(args, envs[0].observation_space.shape[0], *box, device)
-    run = (Run if RANK == 0 else Follower)(args, agent.actor, {"agent": agent})
-    RANKS > 1 and join(run)
-    update = compiled(agent.update) if args.compile else agent.update
-    update = CudaGraph(update) if args.cuda_graph and device.type == "cuda" and RANKS == 1 else update
-
-    obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
-    for step in run.steps(stride):
-        # Collect a rollout: rows (s, a, r, d, whether the episode ended, its discounted rewards so far, s').
-        rows, noise = [], agent.actor.noise(args.num_steps, args.num_envs)[:, mine]
-        choose = agent.actor.in_numpy()
-        for t, run.step in enumerate(range(step - stride + args.num_envs, step + 1, args.num_envs)):
-            action, to_env = choose(obs, noise[t])
-            next_obs, reward, terminated, ended, true_obs = run.interact(envs, to_env)  # of which true_obs is s'
-            returns = args.gamma * returns + reward
-            rows.append(np.column_stack((obs, action, reward, terminated, ended, returns, true_obs)))
-            obs, returns = next_obs, returns * ~ended
-        rollout = torch.as_tensor(np.stack(rows), dtype=torch.float32, device=device)  # [T, N, .]
-        obs_dim, act_dim = agent.columns[:2]
-        s, a, r, d, e, g, next_s = rollout.split((obs_dim, act_dim, 1, 1, 1, 1, obs_dim), -1)
-        agent.returns.update(g)
-
-        # Learn from it, in minibatches that have as many steps of one environment as of another.
-        rows = agent.prepare(s, a, r[..., 0], d[..., 0], e[..., 0], next_s).flatten(0, 1)
-        rate = args.learning_rate * (1 - args.anneal_lr * (step - stride) / run.total)
-        agent.optimizer.lr.fill_(rate)
-        for _ in range(args.update_epochs):
-            order = torch.rand(args.num_steps, args.num_envs).argsort(0)[:, mine] * n + torch.arange(n)
-            for batch in rows[order.flatten().to(device)].chunk(args.num_minibatches):
-                update(batch)
-            if args.target_kl and agent.measure(rows)["policy/kl"] > args.target_kl:
-                break
-        metrics = agent.measure(rows)
-        args.norm_obs and agent.actor.normalize.update(s)
-
-        # Report, and make it safe.
-        run.log(metrics | {"speed/sps": step / (time.monotonic() - run.began)})
-        if args.eval_every and run.due(args.eval_every) and RANK == 0:
-            evaluate(run)
-        run.interrupted = bool(mean_over_ranks(torch.tensor(float(run.interrupted), device=device)))
-        if run.interrupted or run.due(args.checkpoint_every):
-            run.save()
-            obs, returns = run.reset(envs, run.seeds(args.num_envs)[mine]), np.zeros(n)
-    run.write("result.json", run.last)
-    return run.last
+def saved_flags(run_dir):
+    """The flags of the run in `run_dir`, as Args; the defaults if it holds none."""
+    path = Path(run_dir, "config.json")
+    if not path.exists():
+        return Args()
+    flags = {}
+    for name, value in json.loads(path.read_text())["args"].items():
+        if hasattr(Args, name):
+            flags[name] = tuple(value) if isinstance(value, list) else value
+    return Args(**flags)
 
 
 def main():
-    """train() with the flags typed; under --resume the others are the run's own."""
+    """Train with the flags of the command line. Exit status 2 is bad input, 130 is Ctrl-C."""
     args = tyro.cli(Args)
     try:
-        if args.resume and args.run_dir and (config := Path(args.run_dir, "config.json")).exists():
-            saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
-            args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
+        if args.resume and args.run_dir:
+            args = tyro.cli(Args, default=saved_flags(args.run_dir))
         train(args)
-        RANK and os._exit(0)  # in the usual end of a process a thread of gloo's aborts it now and then
-    except (OSError, RuntimeError, MemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory, of which there may be too little
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(130)
+    except (
+        InputError,
+        FloatingPointError,
+        OSError,
+        RuntimeError,
+        MemoryError,
+        ImportError,
+        json.JSONDecodeError,
+        gym.error.Error,
+    ) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not out of memory
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if int(os.environ.get("RANK", 0)) > 0:
+        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
 
 
 if __name__ == "__main__":

@@ -1,51 +1,68 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "numpy>=2", "gymnasium[mujoco]>=1.4,<2", "mujoco<5", "tyro>=1,<2", "tqdm>=4.66"]
+# dependencies = [
+#     "torch>=2.11",
+#     "numpy>=2",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco<5",
+#     "tyro>=1,<2",
+#     "tqdm>=4.66",
+# ]
 # ///
-"""Twin Delayed DDPG (TD3): three repairs that keep DDPG's critic from believing its own errors.
+"""Twin Delayed DDPG (TD3): DDPG with three changes that keep action values from growing too high.
 
-The policy climbs the critic, and so finds each place where the critic is too high. TD3 takes the lower one of two
-critics, blurs their target over nearby actions, and moves policy and targets only at every second gradient step.
+A policy that is trained on a critic seeks out the actions that the critic overestimates. TD3 uses
+the smaller estimate of two critics, averages the targets over nearby actions, and updates the
+policy and the target networks only at every second gradient step.
 
-Fujimoto et al. 2018, "Addressing Function Approximation Error in Actor-Critic Methods", https://arxiv.org/abs/1802.09477
+Fujimoto et al. 2018, "Addressing Function Approximation Error in Actor-Critic Methods",
+arXiv 1802.09477
 
-    policy mu, critics Q_1 and Q_2, their targets mu', Q'_1 and Q'_2, replay memory D; h = (high - low) / 2
-    for each environment step:
-        a = clip(mu(s) + exploration_noise h noise, low, high),   noise ~ N(0, 1)                                (1)
-            but uniform in the action box for the first `learning_starts` steps
-        step the environment and store (s, a, r, d, s') in D: d is 1 where it terminated, 0 where time cut it short
-        after these, `utd` times, on a batch of D:
-            y = r + gamma (1 - d) min_i Q'_i(s', a'),   a' = clip(mu'(s') + h e, low, high),
-                e = clip(policy_noise noise, -noise_clip, noise_clip),   noise ~ N(0, 1)                         (2)
-            Q_i descends                  sum_i mean 1/2 (Q_i(s, a) - y)^2                                       (3)
-            at every `policy_frequency`-th gradient step:
-                mu descends               mean -Q_1(s, mu(s))                                                    (4)
-                Q'_i and mu' move to      Q'_i + tau (Q_i - Q'_i)  and  mu' + tau (mu - mu')                     (5)
+    Policy mu, critics Q_1 and Q_2, target networks mu', Q'_1 and Q'_2, memory D.
+    For each environment step:
+        Act with mu and noise, or uniformly at random during the first `learning_starts` steps:
+            a = clip(mu(s) + exploration_noise noise, -1, 1),   noise ~ N(0, 1)                (1)
+        Store (s, a, r, d, s') in D; d is 1 only where the episode terminated.
+        After `learning_starts`, repeat `utd` times on a batch from D:
+            y = r + gamma (1 - d) min_i Q'_i(s', a'),   a' = clip(mu'(s') + e, -1, 1)          (2)
+            e = clip(policy_noise noise, -noise_clip, noise_clip),   noise ~ N(0, 1)           (6)
+            Q_i minimises          mean 1/2 (Q_i(s, a) - y)^2                                  (3)
+            At every `policy_frequency`-th gradient step:
+                mu minimises       mean -Q_1(s, mu(s))                                         (4)
+                Q'_i moves to      Q'_i + tau (Q_i - Q'_i),   mu' to  mu' + tau (mu - mu')     (5)
 
-    python algos/td3.py --env-id Hopper-v4             or, in Python:   from td3 import Args, load_policy, train
-    python algos/td3.py --resume --run-dir runs/...    takes up a run, whose own flags are the defaults
+Usage:
+    python algos/td3.py --env-id Hopper-v4
+    python algos/td3.py --resume --run-dir runs/...   # continue; saved flags are the defaults
+    from td3 import Args, load_policy, train          # from Python
 
-Final at 100k steps, mean (range) of 3 seeds: HalfCheetah-v4 4803 (4483 to 5378), Hopper-v4 911 (335 to 1635); at 20k,
-10 seeds (95 %): Pendulum-v1 -155 +- 13. Hopper-v4 with --compile at 489 steps/s, SB3 200, SBX 359.
-
-Metrics: loss/critic (3), loss/actor (4); value/mean, Q of the last batch; episode/*, training episodes as they end;
-eval/*, deterministic episodes; speed/sps, environment steps a second since the run began, everything included.
+After 100k steps, mean of 3 seeds: HalfCheetah-v4 4803, Hopper-v4 911.
+After 20k steps, mean of 10 seeds: Pendulum-v1 -155.
 
 What matters beyond the equations:
- 1. A time limit is not an end: there d is 0, and s' the last observation, not the first one of the next episode.
- 2. Noise is in half widths of the box, per dimension, drawn for each sample and environment; critics see actions in
-    them as well: so a policy is learnt alike in any units of actions. Rewards and observations are taken as they
-    are, and should be of the order of 1.
- 3. What noise moves is clipped to the bounds of its own dimension, in the target too.
- 4. The gradient step's number follows from the step, so a resumed run keeps to the beat of `policy_frequency`.
- 5. The critics are one stacked network; `descend` takes gradients for one network, so (4) does not teach them.
- 6. A step is one step of one environment: `num_envs` changes neither the x-axis nor the gradient steps per step.
- 7. Checkpoints begin new episodes, seeded by (seed, step), in every run: killed and resumed, it is bit-equal on a CPU.
+ 1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
+    episode, not the first observation of the next one.
+ 2. Both critics are one stacked network, so each layer is a single batched matrix product.
+ 3. `descend` computes gradients for one optimizer's parameters only, so (4) does not train the
+    critics.
+ 4. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of
+    gradient steps per step.
+ 5. The equations have actions and noise in half widths of the action box, and the critics see
+    actions in them too. The same task in other units is therefore learned the same way. Rewards
+    and observations are used as they are and should be of the order of 1.
+ 6. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
+    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+ 7. Noise is drawn separately for every environment and every transition of a batch. What it moves
+    is clipped to the bounds of its dimension, in the targets too.
+ 8. The number of a gradient step follows from the environment step, so a resumed run updates the
+    policy at the same gradient steps.
+
+Metrics: loss/critic (3), loss/actor (4); value/mean over the last batch; episode/* for training
+episodes; eval/* for deterministic evaluation; speed/sps, environment steps per second.
 """
 
 # Shapes: B batch, N environments, O observation, A action, K critics.
 
-import importlib
 import json
 import math
 import os
@@ -58,591 +75,1118 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args, get_origin
-from unittest import mock
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 ALGO = "td3"
+
+
+class Range(NamedTuple):
+    """The values that a flag may have, checked by `check_flags`."""
+
+    low: float
+    high: float
+    text: str
+
+
+Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
+Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
+NonNegative = Annotated[float, Range(0, 1e18, "from 0 to 1e18")]
+Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
+Share = Annotated[float, Range(1e-99, 1, "above 0 and at most 1")]
+Widths = Annotated[tuple[int, ...], Range(1, 10**18, "from 1 to 1e18")]
 
 
 @dataclass
 class Args:
     """Twin Delayed DDPG. A step is one step of one environment."""
 
-    learning_starts: int = 5_000  # steps of uniformly random actions before learning begins
-    buffer_size: int = 1_000_000  # transitions in the replay memory
-    batch_size: int = 256  # transitions in a gradient step
-    utd: float = 1.0  # gradient steps per environment step
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # how far the targets move at each gradient step
-    policy_lr: float = 1e-3  # learning rate of the policy
-    q_lr: float = 1e-3  # learning rate of the critics
-    exploration_noise: float = 0.1  # standard deviation of the noise on actions, in half widths of the action box
-    policy_noise: float = 0.2  # the same of the noise on the target's actions
-    noise_clip: float = 0.5  # where that noise is clipped
-    policy_frequency: int = 2  # gradient steps of the critics for each one of the policy and the targets
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # non-linearity between layers
+    learning_starts: Steps = 5_000  # steps of uniformly random actions before learning begins
+    buffer_size: Count = 1_000_000  # transitions in the replay memory
+    batch_size: Count = 256  # transitions per gradient step
+    utd: Positive = 1.0  # gradient steps per environment step
+    gamma: Fraction = 0.99  # discount factor
+    tau: Share = 0.005  # step size of the target networks
+    policy_lr: Positive = 1e-3  # learning rate of the policy
+    q_lr: Positive = 1e-3  # learning rate of the critics
+    exploration_noise: NonNegative = 0.1  # std of the noise on actions, in half widths of the box
+    policy_noise: NonNegative = 0.2  # std of the noise on the target's actions, in half widths
+    noise_clip: NonNegative = 0.5  # bound of the noise on the target's actions, in half widths
+    policy_frequency: Count = 2  # gradient steps of the critics per update of policy and targets
+    hidden: Widths = (256, 256)  # widths of the hidden layers
+    activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # nonlinearity between layers
 
     env_id: str = "Hopper-v4"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: int = 1  # of everything random
-    total_timesteps: int = 1_000_000  # environment steps, all environments together
-    num_envs: int = 1  # environments side by side
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is cuda where there is one
-    threads: int = 2  # CPU threads of torch; take 1 where other runs share the machine
-    run_dir: str | None = None  # None is runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # go on from the last checkpoint in --run-dir
-    eval_every: int = 10_000  # steps between evaluations; 0 for none, not even at the end
-    eval_episodes: int = 10  # episodes in an evaluation
-    checkpoint_every: int = 50_000  # steps between checkpoints; 0 for one at the end alone
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # where to mirror metrics.jsonl
-    capture_video: bool = False  # film an episode of every evaluation into videos/
+    seed: Steps = 1  # seed of everything random
+    total_timesteps: Count = 1_000_000  # environment steps, summed over environments
+    num_envs: Count = 1  # environments stepped in turn
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
+    threads: Count = 2  # CPU threads of torch; use 1 where other runs share the machine
+    run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # continue from the last checkpoint in --run-dir
+    eval_every: Steps = 10_000  # steps between evaluations; 0 for none
+    eval_episodes: Count = 10  # episodes per evaluation
+    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
+    capture_video: bool = False  # film one episode of every evaluation into videos/
     compile: bool = False  # compile the update, gradients and optimizers included
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
-ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "tanh": nn.Tanh(), "elu": nn.ELU(inplace=True), "silu": nn.SiLU()}
+ACTIVATIONS = {
+    "relu": nn.ReLU(inplace=True),
+    "tanh": nn.Tanh(),
+    "elu": nn.ELU(inplace=True),
+    "silu": nn.SiLU(),
+}
 
 
 def mlp(sizes, activation, layer=nn.Linear):
-    """Layers of `sizes` with `activation` between them: [..., sizes[0]] -> [..., sizes[-1]]."""
-    layers = [module for i, o in zip(sizes, sizes[1:]) for module in (layer(i, o), ACTIVATIONS[activation])]
+    """Fully connected network: [..., sizes[0]] -> [..., sizes[-1]]."""
+    layers = []
+    for size_in, size_out in pairwise(sizes):
+        layers.append(layer(size_in, size_out))
+        layers.append(ACTIVATIONS[activation])
     return nn.Sequential(*layers[:-1])
 
 
 class StackedLinear(nn.Module):
-    """K linear layers in one product, [B, I] or [K, B, I] -> [K, B, O], each drawn as nn.Linear would draw it."""
+    """K linear layers as one batched product: [B, I] or [K, B, I] -> [K, B, O]."""
 
-    def __init__(self, k, i, o):
+    def __init__(self, k, size_in, size_out):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(k, i, o).uniform_(-(i**-0.5), i**-0.5))
-        self.bias = nn.Parameter(torch.empty(k, 1, o).uniform_(-(i**-0.5), i**-0.5))
+        bound = size_in**-0.5  # the range in which nn.Linear draws its parameters
+        self.weight = nn.Parameter(torch.empty(k, size_in, size_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(k, 1, size_out).uniform_(-bound, bound))
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
 def q_values(critic, obs, action, low, high):
-    """Action values by each of K stacked critics: obs [B, O], action [B, A] in the box [A] -> [K, B]."""
+    """Action values by K stacked critics: obs [B, O], action [B, A] in the box [A] -> [K, B]."""
     in_half_widths = (action - (low + high) / 2) / ((high - low) / 2)
     return critic(torch.cat((obs, in_half_widths), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
-    """The policy: obs [..., O] -> action [..., A] in the box, exploring where it is not deterministic."""
+    """The policy mu."""
 
-    def __init__(self, obs_dim, low, high, hidden, activation, exploration_noise):
+    def __init__(self, args, spaces):
         super().__init__()
-        self.init = {"obs_dim": obs_dim, "low": low, "high": high, "hidden": hidden, "activation": activation}
-        self.init["exploration_noise"] = self.exploration_noise = exploration_noise
-        self.net = mlp((obs_dim, *hidden, len(low)), activation)
-        self.register_buffer("low", torch.tensor(low))
-        self.register_buffer("high", torch.tensor(high))
+        self.net = mlp((spaces.obs_dim, *args.hidden, spaces.act_dim), args.activation)
+        self.register_buffer("low", torch.tensor(spaces.low))
+        self.register_buffer("high", torch.tensor(spaces.high))
+        self.exploration_noise = args.exploration_noise
 
-    def forward(self, obs, deterministic=True):
-        action = torch.lerp(self.low, self.high, (1 + self.net(obs).tanh()) / 2)
-        if deterministic:
-            return action
-        return perturb(action, self.exploration_noise * torch.randn_like(action), self.low, self.high)  # (1)
+    def forward(self, obs):
+        """mu: obs [..., O] -> action [..., A]."""
+        return squash(self.net(obs), self.low, self.high)
 
     @torch.no_grad()
     def act(self, obs, deterministic=True):
-        """The same in numpy: obs [..., O] -> action [..., A]."""
-        return self(torch.as_tensor(obs, dtype=torch.float32, device=self.low.device), deterministic).cpu().numpy()
+        """Observations [..., O] -> actions [..., A], both numpy arrays."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.low.device)
+        action = self(obs)
+        if not deterministic:
+            noise = self.exploration_noise * torch.randn_like(action)
+            action = perturb(action, noise, self.low, self.high)  # (1)
+        return action.cpu().numpy()
+
+
+def squash(u, low, high):
+    """u [..., A], bounds [A] -> action [..., A]."""
+    return torch.lerp(low, high, (1 + u.tanh()) / 2)
 
 
 def perturb(action, noise, low, high):
-    """(1), (2): action [..., A], noise [..., A] in half widths of the box [A] -> action in the box [..., A]."""
+    """(1), (2): action [..., A], noise in half widths [..., A], bounds [A] -> action [..., A]."""
     return (action + noise * (high - low) / 2).clamp(low, high)
 
 
-def target_noise(like, policy_noise, noise_clip):
-    """(2): like [..., A] -> as many numbers, each drawn for itself."""
-    return (policy_noise * torch.randn_like(like)).clamp(-noise_clip, noise_clip)
+def target_noise(action, policy_noise, noise_clip):
+    """(6): noise in the shape of `action`, [..., A] -> [..., A]."""
+    return (policy_noise * torch.randn_like(action)).clamp(-noise_clip, noise_clip)
 
 
 def q_target(reward, terminated, next_q, gamma):
     """(2): next_q [K, B], the others [B] -> y [B]."""
-    return reward + gamma * (1 - terminated) * next_q.amin(0)
+    next_value = next_q.amin(0)
+    return reward + gamma * (1 - terminated) * next_value
 
 
 def critic_loss(q, y):
-    """(3): q [K, B], y [B] -> scalar."""
+    """(3), summed over critics: q [K, B], y [B] -> scalar."""
     return 0.5 * (q - y).square().mean(-1).sum()
 
 
 def actor_loss(q):
-    """(4): q [K, B] -> scalar."""
+    """(4), by the first critic: q [K, B] -> scalar."""
     return -q[0].mean()
 
 
+@torch.no_grad()
+def polyak_update(target, source, tau):
+    """(5): move the parameters of `target` towards those of `source`."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
 def descend(optimizer, loss):
-    """One step of `optimizer`; what else the loss depends on gets no gradient."""
-    optimizer.step(torch.autograd.grad(loss, optimizer.weights))
+    """One step of `optimizer`. Parameters that it does not hold get no gradient."""
+    optimizer.step(torch.autograd.grad(loss, optimizer.parameters_held))
 
 
 class Agent(nn.Module):
-    """All that learns."""
+    """Everything that learns."""
 
-    def __init__(self, args, obs_dim, low, high, device):
+    def __init__(self, args, spaces):
         super().__init__()
-        self.args, self.columns = args, (obs_dim, len(low), 1, 1, obs_dim)  # of a batch
-        actor = partial(Actor, obs_dim, low, high, args.hidden, args.activation, args.exploration_noise)
-        self.actor, self.target_actor = actor(), actor().requires_grad_(False)
-        critic = partial(mlp, (obs_dim + len(low), *args.hidden, 1), args.activation, partial(StackedLinear, 2))
-        self.critic, self.target = critic(), critic().requires_grad_(False)
+        self.args = args
+        self.spaces = spaces
+        critic_sizes = (spaces.obs_dim + spaces.act_dim, *args.hidden, 1)
+        self.actor = Actor(args, spaces)
+        self.target_actor = Actor(args, spaces)
+        self.critic = mlp(critic_sizes, args.activation, partial(StackedLinear, 2))
+        self.target = mlp(critic_sizes, args.activation, partial(StackedLinear, 2))
         self.target_actor.load_state_dict(self.actor.state_dict())
+        self.target_actor.requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
+        self.target.requires_grad_(False)
+
         self.actor_optimizer = Adam(self.actor.parameters(), args.policy_lr)
         self.critic_optimizer = Adam(self.critic.parameters(), args.q_lr)
-        self.to(device)
+
+    def random_actions(self, n):
+        """Uniformly random actions [n, A] as a numpy array."""
+        share = torch.rand(n, self.spaces.act_dim)
+        return torch.lerp(self.actor.low.cpu(), self.actor.high.cpu(), share).numpy()
 
     def update(self, batch, delayed):
-        """A gradient step of the critics on rows (s, a, r, d, s') [B, 2 O + A + 2], and of the rest if `delayed`."""
-        obs, action, reward, terminated, next_obs = batch.split(self.columns, -1)
+        """One gradient step of the critics and, if `delayed`, of everything else.
+
+        `batch` as in `train`. Returns scalar tensors to log.
+        """
+        obs = batch["obs"]
+        next_obs = batch["next_obs"]
         box = self.actor.low, self.actor.high
+
         with torch.no_grad():
             next_action = self.target_actor(next_obs)
-            noise = target_noise(next_action, self.args.policy_noise, self.args.noise_clip)
-            next_action = perturb(next_action, noise, self.actor.low, self.actor.high)
+            noise = target_noise(next_action, self.args.policy_noise, self.args.noise_clip)  # (6)
+            next_action = perturb(next_action, noise, *box)
             next_q = q_values(self.target, next_obs, next_action, *box)  # [K, B]
-            y = q_target(reward[:, 0], terminated[:, 0], next_q, self.args.gamma)  # (2)
-        q = q_values(self.critic, obs, action, *box)  # [K, B]
+            y = q_target(batch["reward"], batch["terminated"], next_q, self.args.gamma)  # (2)
+        q = q_values(self.critic, obs, batch["action"], *box)  # [K, B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (3)
-        metrics = {"loss/critic": loss_q, "value/mean": q.detach().mean()}
+        metrics = {"loss/critic": loss_q}
 
         if delayed:
-            first = {name: x[:1].detach() for name, x in self.critic.named_parameters()}  # the only one asked
-            critic = partial(torch.func.functional_call, self.critic, first)
-            q = q_values(critic, obs, self.actor(obs), *box)  # [1, B]
-            metrics["loss/actor"] = actor_loss(q)
-            descend(self.actor_optimizer, metrics["loss/actor"])  # (4)
-            with torch.no_grad():
-                for target, source in ((self.target, self.critic), (self.target_actor, self.actor)):
-                    torch._foreach_lerp_([*target.parameters()], [*source.parameters()], self.args.tau)  # (5)
+            # Only Q_1 is evaluated, and no gradients are computed for its parameters.
+            first = {name: p[:1].detach() for name, p in self.critic.named_parameters()}
+            first_critic = partial(torch.func.functional_call, self.critic, first)
+            new_q = q_values(first_critic, obs, self.actor(obs), *box)  # [1, B]
+            loss_pi = actor_loss(new_q)
+            descend(self.actor_optimizer, loss_pi)  # (4)
+            metrics["loss/actor"] = loss_pi
+
+            polyak_update(self.target, self.critic, self.args.tau)  # (5)
+            polyak_update(self.target_actor, self.actor, self.args.tau)  # (5)
+        metrics["value/mean"] = q.mean()
         return {name: value.detach() for name, value in metrics.items()}
 
 
-# ==== plumbing: the same text in every file ===========================================================================
-def start(args, above_0, at_least_0, at_most_1):
-    """Check the flags, those that are numbers given by name, set threads and seed, and return the device."""
-    above_0 += " total_timesteps num_envs threads eval_episodes"
-    at_least_0 += " seed eval_every checkpoint_every"
-    others = {float: float | int, float | None: float | int | None, tuple[int, ...]: tuple | list}
-    for name, kind in type(args).__annotations__.items():  # to which a command line is held, but no notebook
-        value, fits = getattr(args, name), others.get(kind, kind)
-        odd = {*map(type, value)} - {int} if isinstance(value, tuple | list) else isinstance(value, np.generic)
-        if odd or not (value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, fits)):
-            sys.exit(f"error: {name} is {value!r}, and must be of {kind}")
-    rules = (above_0, 1e-99, 1e18, "above 0, to 1e18"), (at_least_0, 0, 1e18, "0 to 1e18"), (at_most_1, 0, 1, "0 to 1")
-    for names, least, most, rule in rules:
-        values = {n: np.atleast_1d(getattr(args, n)) for n in names.split() if getattr(args, n) is not None}
-        if bad := [n for n, x in values.items() if not all((least <= x) & (x <= most))]:
-            sys.exit(f"error: --{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, and must be {rule}")
+def train(args):
+    """Train TD3; returns the last value of every metric. Bad flags raise InputError."""
+    device = check_flags(args)
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    spaces = read_spaces(envs[0], "bounded box")
+    agent = Agent(args, spaces).to(device)
+    memory = Replay(
+        args.buffer_size,
+        args.num_envs,
+        device,
+        obs=(spaces.obs_dim,),
+        action=(spaces.act_dim,),
+        reward=(),
+        terminated=(),
+        next_obs=(spaces.obs_dim,),
+    )
+    run = Run(args, envs, agent=agent, memory=memory)  # opens the folder, restores a checkpoint
+    # --compile, CUDA graphs
+    update = accelerate(partial(agent.update, delayed=True), args, device)
+    update_critics = accelerate(partial(agent.update, delayed=False), args, device)
+
+    obs = run.reset_envs()
+    metrics = {}
+    for step in run.steps(args.num_envs):
+        # Act: uniformly at random at first, then from the policy with noise (1).
+        if step <= args.learning_starts:
+            action = agent.random_actions(args.num_envs)
+        else:
+            action = agent.actor.act(obs, deterministic=False)
+        next_obs, reward, terminated, ended = run.step_envs(action)
+        memory.add(obs=obs, action=action, reward=reward, terminated=terminated, next_obs=next_obs)
+        obs = run.reset_ended(next_obs, ended)
+
+        # Learn: `utd` gradient steps per environment step.
+        for i in run.updates_due(args.utd, args.learning_starts):
+            batch = memory.sample(args.batch_size)
+            if (i + 1) % args.policy_frequency == 0:
+                metrics |= update(batch)
+            else:
+                metrics |= update_critics(batch)
+
+        # Log, evaluate, checkpoint.
+        if run.due(1000):
+            run.log(metrics | {"speed/sps": run.steps_per_second()})
+        if run.due(args.eval_every):
+            evaluate(run, agent.actor)
+        if run.save_due():
+            run.save()
+            if run.interrupted:
+                break
+            obs = run.reset_envs()
+            metrics = {}
+    return run.finish()
+
+
+# ==== Plumbing: identical in every file. The algorithm ends here. =================================
+
+
+class InputError(ValueError):
+    """Bad input, described in one sentence that says what to do."""
+
+
+class Spaces(NamedTuple):
+    """Sizes of observations and actions, and the bounds of actions."""
+
+    obs_dim: int
+    act_dim: int  # dimensions of an action, or the number of actions to choose from
+    low: list | None  # bounds of every dimension; None if actions are discrete
+    high: list | None
+
+
+def check_flags(args):
+    """Check all flags, set threads and seed; returns the device. Raises InputError."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        check_flag("--" + name.replace("_", "-"), getattr(args, name), hint)
     if args.resume and not args.run_dir:
-        sys.exit("error: --resume needs --run-dir, the folder of the run to go on with")
+        raise InputError("--resume needs --run-dir, the folder of the run to continue")
     if getattr(args, "learning_starts", 0) >= args.total_timesteps:
-        print("warning: nothing is learnt: --learning-starts is not below --total-timesteps", file=sys.stderr)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: --device {device}: {str(error).splitlines()[0]}")
-    device.type == "cuda" and torch.cuda.set_device(device)  # whose stream a graph is captured on
+        print(
+            "warning: --learning-starts is not below --total-timesteps, so nothing is learned",
+            file=sys.stderr,
+        )
+    if int(os.environ.get("RANK", 0)) > 0 and not distributed.is_initialized():
+        raise InputError(f"{ALGO} runs in one process: start it without torchrun")
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # Adam's moments of a dead unit fade into numbers that a CPU is slow with
+    # Adam's moments of a dead unit decay into denormal numbers, which are slow on a CPU.
+    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
+    return find_device(args.device)
+
+
+def check_flag(flag, value, hint):
+    """Raise InputError unless `value` has the type and the range of the annotation `hint`."""
+    if get_origin(hint) in (Union, UnionType):  # an optional flag
+        if value is not None:
+            check_flag(flag, value, get_args(hint)[0])
+        return
+    bounds = None
+    if get_origin(hint) is Annotated:
+        bounds = hint.__metadata__[0]
+        hint = hint.__origin__
+
+    # tyro checks types on the command line; this covers calls from Python.
+    if get_origin(hint) is Literal:
+        has_type = value in get_args(hint)
+        type_name = "one of " + ", ".join(get_args(hint))
+    elif get_origin(hint) is tuple:
+        has_type = isinstance(value, tuple | list) and all(type(item) is int for item in value)
+        type_name = "a tuple of int"
+    else:
+        has_type = type(value) is hint or (hint is float and type(value) is int)
+        type_name = f"of type {hint.__name__}"
+    if not has_type:
+        raise InputError(f"{flag} is {value!r}; it must be {type_name}")
+
+    if bounds is not None:
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if not all(bounds.low <= number <= bounds.high for number in numbers):
+            raise InputError(f"{flag} is {value}; it must be {bounds.text}")
+
+
+def find_device(name):
+    """The torch device that --device names."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs capture on the current device's stream
     return device
 
 
-def make_env(args, film=None):
-    """One environment that observes a vector [O]; where `film` is a folder, its evaluations are filmed into it."""
+def make_env(args, video_folder=None):
+    """Make an environment with flat observations [O]; films it if `video_folder` is given."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-    sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # the module of module:Name-v0 may lie there
-    film and sys.platform == "linux" and not os.environ.get("DISPLAY") and os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
+    if video_folder is None:
+        env = gym.make(args.env_id)
+    else:
+        env = make_filmed_env(args.env_id, video_folder)
+
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise InputError(
+            f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
+        )
+    if env.spec.max_episode_steps is None:
+        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        env = gym.wrappers.TimeLimit(env, 27_000)
+    # Some environments write every observation into the same array, so copy it.
+    env = gym.wrappers.TransformObservation(env, np.copy, None)
+    # Some environments return the reward as an array of one element.
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
+    actions = env.action_space
+    if isinstance(actions, gym.spaces.Box) and actions.dtype != np.float32:
+        # float32 rounding can push an action outside float64 bounds, so clip.
+        env = gym.wrappers.TransformAction(
+            env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), None
+        )
+    # The usual key, "episode", may be taken by the environment.
+    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)
+
+
+def make_filmed_env(env_id, video_folder):
+    """Make an environment that films every episode into `video_folder`."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen
     try:
-        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
-        film and env.reset() and env.render()  # which would fail at the first evaluation
-    except Exception as error:  # of which each library that draws has its own
-        film and sys.exit(f"error: cannot film {args.env_id}: {error!r}: leave out --capture-video, or set MUJOCO_GL")
-        raise
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        sys.exit(f"error: {args.env_id} observes {env.observation_space}: wrap it to give a Box of one dimension")
-    env = env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 27_000)  # Atari's: an evaluation must end
-    env = gym.wrappers.RecordVideo(env, str(film), lambda episode: True) if film else env
-    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some write every observation into one array
-    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())  # some give an array of one
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset()
+        env.render()  # if rendering fails, fail now and not at the first evaluation
+    except Exception as error:  # every rendering library raises exceptions of its own
+        raise InputError(
+            f"cannot film {env_id} ({error!r}): leave out --capture-video, or set MUJOCO_GL"
+        ) from error
+    return gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True)
+
+
+ACTION_SPACES = {
+    "discrete": "Discrete(n) with actions counted from 0",
+    "bounded box": "a flat Box of floats with finite bounds",
+    "box or discrete": "a flat Box of floats, or Discrete(n) with actions counted from 0",
+}
+
+
+def read_spaces(env, supported):
+    """The Spaces of an environment. `supported` is a key of ACTION_SPACES."""
+    obs_dim = env.observation_space.shape[0]
     space = env.action_space
-    if isinstance(space, gym.spaces.Box) and space.dtype != np.float32:  # out of whose bounds a float32 may be rounded
-        env = gym.wrappers.TransformAction(env, lambda a: a.astype(space.dtype).clip(space.low, space.high), None)
-    return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)  # its own key, episode, may be taken
+    if "discrete" in supported and isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return Spaces(obs_dim, int(space.n), None, None)
+    if "box" in supported and isinstance(space, gym.spaces.Box):
+        flat = len(space.shape) == 1 and space.dtype.kind == "f"
+        bounded = all(0 < width < math.inf for width in (space.high - space.low).flat)
+        if flat and (bounded or supported != "bounded box"):
+            return Spaces(obs_dim, space.shape[0], space.low.tolist(), space.high.tolist())
+    raise InputError(f"{ALGO} needs actions in {ACTION_SPACES[supported]}, not {space}")
+
+
+class Replay:
+    """A ring of the last `capacity` transitions, one tensor per field."""
+
+    def __init__(self, capacity, num_envs, device, **shapes):
+        """`shapes` maps the name of a field to the shape of one item, e.g. obs=(11,)."""
+        # With a multiple of num_envs, the items of one step never wrap around.
+        self.capacity = math.ceil(capacity / num_envs) * num_envs
+        self.device = device
+        self.added = 0
+        self.data = {}
+        for name, shape in shapes.items():
+            # numpy leaves the memory untouched, so pages that are never filled cost nothing.
+            array = np.empty((self.capacity, *shape), np.float32)
+            self.data[name] = torch.from_numpy(array).to(device)
+
+    def add(self, **items):
+        """Append one item per environment to every field: arrays [N, ...]."""
+        start = self.added % self.capacity
+        for name, value in items.items():
+            tensor = self.data[name]
+            if self.device.type == "cpu":
+                # Writing through numpy takes 2 microseconds, through torch 32.
+                tensor.numpy()[start : start + len(value)] = value
+            else:
+                tensor[start : start + len(value)] = torch.as_tensor(value, dtype=torch.float32)
+        self.added += len(value)
+
+    def __len__(self):
+        return min(self.added, self.capacity)
+
+    def sample(self, batch_size):
+        """Draw transitions uniformly with replacement -> dict of tensors [B, ...]."""
+        index = torch.randint(len(self), (batch_size,), device=self.device)
+        return {name: tensor.index_select(0, index) for name, tensor in self.data.items()}
+
+    def state_dict(self):
+        """The filled part of the ring."""
+        rows = {name: tensor[: len(self)].clone() for name, tensor in self.data.items()}
+        return {"added": self.added, "rows": rows}
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` returned."""
+        self.added = state["added"]
+        for name, tensor in self.data.items():
+            tensor[: len(self)].copy_(state["rows"][name])
+
+
+# A resumed run may change these flags. All others must stay as they were.
+MAY_CHANGE = {
+    "total_timesteps",
+    "device",
+    "threads",
+    "run_dir",
+    "resume",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "track",
+    "capture_video",
+    "compile",
+    "cuda_graph",
+}
 
 
 class Run:
-    """A run folder: one writer, metrics.jsonl as the source of truth, checkpoints that outlive a kill at any moment."""
+    """A run folder and its progress: stepping, logging, checkpoints.
 
-    def __init__(self, args, actor, parts):
-        """`parts` is what a checkpoint holds: memories [capacity, ...], a row a step, and what has a state_dict."""
-        if int(os.environ.get("RANK", 0)) > 0:  # where work is shared among ranks, this one has a Follower
-            sys.exit(f"error: {ALGO} is for one process: leave out torchrun, which ppo, trpo and vpg alone can use")
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir = Path(args.run_dir or "runs/" + name.replace("/", "-").replace(":", "-"))
-        while not args.run_dir and self.dir.exists():  # begun in the same second
-            self.dir = self.dir.with_name(f"{self.dir.name}-2")
-        self.args, self.actor, self.parts, self.total = args, actor, parts, args.total_timesteps
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
+    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
+    nothing that was checkpointed.
+    """
+
+    def __init__(self, args, envs, **parts):
+        """Open or resume a folder. A checkpoint holds the `parts`; one of them is `agent`."""
+        self.args = args
+        self.envs = envs
+        self.parts = parts
+        self.total = args.total_timesteps
+        self.step = 0  # environment steps so far
+        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
+        self.first_env = 0  # the index of envs[0] among all environments
+        self.interrupted = False
+        self.last = {}  # last value of every metric
+
+        self.folder = choose_folder(args)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
-            importlib.import_module("fcntl").flock(self.metrics, 2 | 4)  # LOCK_EX | LOCK_NB
-        except BlockingIOError:
-            sys.exit(f"error: another process writes to {self.dir}: wait for it, or choose another --run-dir")
-        except (OSError, ImportError) as error:  # some file systems cannot lock, and Windows has no fcntl
-            print(f"warning: {self.dir} cannot be locked ({error}): let no second process write to it", file=sys.stderr)
-        try:
-            self.begin(args)
+            lock(self.metrics_file, self.folder)
+            self.open()
         except BaseException:
-            self.metrics.close()  # and so the lock is gone, whatever a notebook keeps of this run
+            self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def begin(self, args):
-        """Take up what the folder holds, if that is the same run, and make ready to log and to evaluate."""
-        flags, path = json.loads(json.dumps({"algo": ALGO} | asdict(args))), self.dir / "config.json"
-        if not args.resume and (path.exists() or self.metrics.seek(0, os.SEEK_END)):
-            sys.exit(f"error: {self.dir} holds a run: add --resume to go on with it, or choose another --run-dir")
-        saved = json.loads(path.read_text()) if path.exists() else {"algo": ALGO, "args": flags}
-        token = saved.get("id") or os.urandom(4).hex()  # since a folder elsewhere may have the same name
-        saved, fixed = saved["args"] | {"algo": saved["algo"]}, [*flags][: [*flags].index("device")]
-        if changed := [f"{k} {saved.get(k)}" for k in fixed if flags[k] != saved.get(k) and k != "total_timesteps"]:
-            sys.exit(f"error: {self.dir} was begun with {', '.join(changed)}: leave it so, or choose another --run-dir")
+    def open(self):
+        """Check and restore what the folder holds, then prepare to evaluate and to log."""
+        args = self.args
+        path = self.folder / "config.json"
+        flags = json.loads(json.dumps(asdict(args)))  # as the file has them: lists for tuples
+        config = {"algo": ALGO, "args": flags, "command": sys.argv, "commit": git_commit()}
+        config["id"] = os.urandom(4).hex()  # tells apart folders of one name on two machines
+        if path.exists():
+            saved = json.loads(path.read_text())
+            config["id"] = saved.get("id") or config["id"]
+        else:
+            saved = config
+        self.check_saved_config(saved, flags, path.exists())
         self.restore()
-        versions = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "gymnasium", "mujoco")}
-        versions["python"] = sys.version.split()[0]
-        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        config = {"algo": flags.pop("algo"), "args": flags, "command": sys.argv, "commit": None if status else commit}
-        films = args.eval_every and args.capture_video and self.dir / "videos", *[None] * (args.eval_episodes - 1)
-        self.eval_envs = [make_env(args, film) for film in (films if args.eval_every else films[:1])]
-        if 0 < args.checkpoint_every < 10 * args.num_envs * self.eval_envs[0].spec.max_episode_steps:
-            print("warning: --checkpoint-every is under 10 episodes of each environment: it cuts them", file=sys.stderr)
-        self.mirror = lambda row: None
-        if args.track == "tensorboard":
-            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.dir, purge_step=self.step + 1)
-            self.mirror = lambda row: [board.add_scalar(name, value, self.step) for name, value in row.items()]
-        elif args.track != "none":
-            name = f"{self.dir.name}-{token}"  # a resumed run is the same run there
-            own = {"id": name, "reinit": "finish_previous"} if args.track == "wandb" else {}
-            tracker = importlib.import_module(args.track)
-            tracker.init(project="onefile", name=name, config=flags, resume="allow", **own)
-            self.mirror = lambda row: tracker.log(row, step=self.step)
-        (self.dir / "result.json").unlink(missing_ok=True)
-        if self.step < self.total:  # a run that is over keeps the flags, the command and the commit that made it
-            self.write("config.json", config | {"id": token, "versions": versions})
+
+        if args.eval_every:
+            videos = self.folder / "videos" if args.capture_video else None
+            self.eval_envs = [make_env(args, videos)]
+            self.eval_envs += [make_env(args) for _ in range(args.eval_episodes - 1)]
+        else:
+            self.eval_envs = []
+        episode_steps = self.envs[0].spec.max_episode_steps * args.num_envs
+        if 0 < args.checkpoint_every < 10 * episode_steps:
+            print(
+                "warning: every checkpoint cuts the episodes short, "
+                f"so set --checkpoint-every to at least 10 episodes, {10 * episode_steps}",
+                file=sys.stderr,
+            )
+        self.tracker = open_tracker(
+            args, self.folder, f"{self.folder.name}-{config['id']}", self.step
+        )
+        (self.folder / "result.json").unlink(missing_ok=True)
+        versions = {"python": sys.version.split()[0]}
+        for name in ("torch", "gymnasium", "mujoco"):
+            versions[name] = getattr(sys.modules.get(name), "__version__", None)
+        if self.step < self.total:  # a finished run keeps the config that made it
+            self.write("config.json", config | {"versions": versions})
+
+    def check_saved_config(self, saved, flags, config_exists):
+        """Raise InputError unless this is a new run, or a resumed one with the same flags."""
+        has_run = config_exists or self.metrics_file.seek(0, os.SEEK_END) > 0
+        if has_run and not self.args.resume:
+            raise InputError(
+                f"{self.folder} holds a run: add --resume to continue it, or change --run-dir"
+            )
+        changed = []
+        if saved["algo"] != ALGO:
+            changed.append(f"algo {saved['algo']}")
+        for name, value in flags.items():
+            if name not in MAY_CHANGE and saved["args"].get(name) != value:
+                changed.append(f"--{name.replace('_', '-')} {saved['args'].get(name)}")
+        if changed:
+            raise InputError(
+                f"{self.folder} was started with {', '.join(changed)}: "
+                "use the same, or choose another --run-dir"
+            )
 
     def restore(self):
-        """Take up the newest sound checkpoint, if there is any, and drop the metrics that came after it."""
-        self.step, seconds, self.last, size = 0, 0.0, {}, 0
-        paths = [path for name in ("checkpoint.pt", "checkpoint.prev.pt") if (path := self.dir / name).exists()]
+        """Load the newest checkpoint that can be read, and drop the metrics that came after it."""
+        seconds = 0.0
+        metrics_size = 0
+        paths = [self.folder / "checkpoint.pt", self.folder / "checkpoint.prev.pt"]
+        paths = [path for path in paths if path.exists()]
+        restored = False
         for path in paths:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                self.step, seconds, self.last, size = state["run"]
+                self.step = state["run"]["step"]
+                self.last = state["run"]["last"]
+                seconds = state["run"]["seconds"]
+                metrics_size = state["run"]["metrics_size"]
                 for name, part in self.parts.items():
-                    (part[: self.step].copy_ if torch.is_tensor(part) else part.load_state_dict)(state[name])
-                for set_rng_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"]):
-                    set_rng_state(rng)
-            except Exception as error:  # whatever a damaged file leads to
-                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):  # for want of memory
-                    sys.exit(f"error: cannot read {path}, which may be whole: {error}")
-                print(f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr)
+                    part.load_state_dict(state[name])
+                torch.set_rng_state(state["rng"])
+                if "cuda_rng" in state and torch.cuda.is_initialized():
+                    torch.cuda.set_rng_state(state["cuda_rng"])
+            except Exception as error:  # a damaged file can raise anything
+                if isinstance(error, OSError | MemoryError) or "allocate" in str(error):
+                    raise OSError(f"cannot read {path}, which may be intact: {error}") from error
+                print(
+                    f"warning: {path} is damaged ({type(error).__name__}: {error})", file=sys.stderr
+                )
                 continue
-            if path != paths[0]:  # or the next checkpoint would keep a damaged file and drop this one
-                os.replace(paths[0], self.dir / "checkpoint.damaged.pt")
-            print(f"{self.dir}: {self.step} of {self.total} steps are done", file=sys.stderr)
+            if path != paths[0]:
+                # Move the damaged file away: the next checkpoint would keep it and drop this one.
+                os.replace(paths[0], self.folder / "checkpoint.damaged.pt")
+            print(f"{self.folder}: resuming at step {self.step} of {self.total}", file=sys.stderr)
+            restored = True
             break
-        else:
-            if paths:
-                sys.exit(f"error: no checkpoint in {self.dir} can be read: move them away, or use an older {ALGO}.py")
-        self.began = time.monotonic() - seconds
-        self.metrics.truncate(min(size, self.metrics.seek(0, os.SEEK_END)))
+        if paths and not restored:
+            raise InputError(
+                f"no checkpoint in {self.folder} can be read: "
+                f"move them away to start anew, or use the version of {ALGO}.py that wrote them"
+            )
+        self.start_time = time.monotonic() - seconds
+        self.metrics_file.truncate(min(metrics_size, self.metrics_file.seek(0, os.SEEK_END)))
 
-    def write(self, name, content, old=None):
-        """Put JSON or what torch.save makes under another name, sync, rename; the file before it becomes `old`."""
-        new = self.dir / f"{name}.new"
+    def write(self, name, content, keep_old_as=None):
+        """Replace a file of the folder at once: write a new one, sync it, rename it."""
+        new = self.folder / f"{name}.new"
         try:
-            with open(new, "wb") as f:
-                torch.save(content, f) if name.endswith(".pt") else f.write(json.dumps(content, indent=1).encode())
-                os.fsync(f.fileno())
+            with open(new, "wb") as file:
+                if name.endswith(".pt"):
+                    torch.save(content, file)
+                else:
+                    file.write(json.dumps(content, indent=1).encode())
+                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
-            sys.exit(f"error: cannot write {new}: {error}; what was saved before is whole: make room, then --resume")
-        if old and (self.dir / name).exists():
-            os.replace(self.dir / name, self.dir / old)
-        os.replace(new, self.dir / name)
+            raise OSError(
+                f"cannot write {new} ({error}): make room, then --resume; earlier files are intact"
+            ) from error
+        if keep_old_as and (self.folder / name).exists():
+            os.replace(self.folder / name, self.folder / keep_old_as)
+        os.replace(new, self.folder / name)
 
     def save(self):
-        """checkpoint.pt, whose predecessor stays as checkpoint.prev.pt, and policy.pt; a box may have no bounds."""
-        state = {k: v[: self.step].clone() if torch.is_tensor(v) else v.state_dict() for k, v in self.parts.items()}
-        if not all(x.isfinite().all() for name, x in state["agent"].items() if name not in ("actor.low", "actor.high")):
-            sys.exit(f"error: a weight is not finite at step {self.step}: begin again with lower learning rates")
-        os.fsync(self.metrics.fileno())
-        self.write("policy.pt", {"args": asdict(self.args), "init": self.actor.init, "actor": self.actor.state_dict()})
-        run = [self.step, time.monotonic() - self.began, self.last, os.fstat(self.metrics.fileno()).st_size]
-        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-        self.write("checkpoint.pt", state | {"run": run, "rng": rng}, old="checkpoint.prev.pt")
+        """Write policy.pt and checkpoint.pt; the last checkpoint becomes checkpoint.prev.pt."""
+        agent = self.parts["agent"]
+        for name, tensor in agent.state_dict().items():
+            is_bound = name in ("actor.low", "actor.high")
+            if not is_bound and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} not finite at step {self.step}: start anew with a lower learning rate"
+                )
+        os.fsync(self.metrics_file.fileno())
+        policy = {"args": asdict(self.args), "spaces": list(agent.spaces)}
+        self.write("policy.pt", policy | {"actor": agent.actor.state_dict()})
+
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["rng"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state["run"] = {
+            "step": self.step,
+            "last": self.last,
+            "seconds": time.monotonic() - self.start_time,
+            "metrics_size": os.fstat(self.metrics_file.fileno()).st_size,
+        }
+        self.write("checkpoint.pt", state, keep_old_as="checkpoint.prev.pt")
+
+    def finish(self):
+        """Write and return the last metrics. Raises KeyboardInterrupt if Ctrl-C ended the run."""
         if self.interrupted and self.step < self.total:
-            command = shlex.join(["python", sys.argv[0], "--resume", "--run-dir", str(self.dir)])
-            sys.exit(f"step {self.step}: {command} goes on, but differs")
+            command = ["python", sys.argv[0], "--resume", "--run-dir", str(self.folder)]
+            raise KeyboardInterrupt(
+                f"Interrupted at step {self.step}. To resume: {shlex.join(command)} "
+                "(the result will differ from an uninterrupted run)"
+            )
+        self.write("result.json", self.last)
+        return self.last
 
     def steps(self, stride):
-        """Count the steps, `stride` a round; Ctrl-C makes the round under way the last one."""
-        self.stride, self.interrupted, tty = stride, False, sys.stderr.isatty()
-        catch = signal.signal if threading.current_thread() is threading.main_thread() else lambda *_: None
-        before = catch(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
-        bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=None if tty else open(os.devnull, "w"))
+        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        self.stride = stride
+        on_terminal = sys.stderr.isatty()
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:
+            old_handler = signal.signal(signal.SIGINT, self.interrupt)
         try:
-            for self.step in range(self.step + stride, self.total + stride, stride):
-                yield self.step
-                bar.set_postfix_str(f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False)
-                bar.update(stride)
-                if not tty and self.due(10_000):
-                    print(bar, flush=True)
+            with open(os.devnull, "w") as nowhere:
+                file = None if on_terminal else nowhere  # None is stderr
+                bar = tqdm(total=self.total, initial=self.step, unit=" steps", file=file)
+                while self.step < self.total:
+                    yield self.step + stride
+                    bar.set_postfix_str(
+                        f"return {self.last.get('episode/return', math.nan):.1f}", refresh=False
+                    )
+                    bar.update(stride)
+                    if not on_terminal and self.due(10_000):
+                        print(bar, flush=True)
         finally:
-            catch(signal.SIGINT, before)
-            self.metrics.close()
-            [env.close() for env in self.eval_envs]
+            if in_main_thread:
+                signal.signal(signal.SIGINT, old_handler)
+            self.metrics_file.close()
+            for env in self.eval_envs:
+                env.close()
 
-    def due(self, every):
-        """Whether this round reached a multiple of `every`, or is the last."""
-        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+    def interrupt(self, signum, frame):
+        """Handle Ctrl-C: `train` saves and stops at the end of its current iteration."""
+        self.interrupted = True
 
-    def log(self, row):
-        """Append a row to metrics.jsonl and mirror it; a number that is not finite ends the run."""
-        row = {name: float(value) for name, value in row.items()}
-        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            sys.exit(f"error: {', '.join(bad)} not finite at step {self.step}: lower the learning rates")
-        self.mirror(row)
-        row = {"step": self.step, "wall": round(time.monotonic() - self.began, 3), **row}
-        self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.last |= row
+    def reset_envs(self):
+        """Start an episode everywhere, with seeds made of (seed, step) -> observations [N, O]."""
+        seeds = self.seeds(self.args.num_envs)
+        seeds = seeds[self.first_env : self.first_env + len(self.envs)]
+        obs = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds, strict=True)]
+        return self.check_finite(np.stack(obs))
 
-    def reset(self, envs, seeds):
-        """Begin an episode in each environment -> observations [N, O]."""
-        return self.finite(np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]))
+    def step_envs(self, action):
+        """Step every environment with action [N, ...].
 
-    def finite(self, obs, *others):
-        """obs [N, O], if it and the others [N, .] are finite."""
-        if not np.isfinite(np.column_stack((obs, *others)).astype(np.float32)).all():
-            sys.exit(f"error: reward or observation not finite at step {self.step}: mend them, or lower learning rates")
-        return obs
-
-    def interact(self, envs, actions):
-        """Step all -> observations to act on [N, O], rewards, terminated, ended [N], true next observations [N, O]."""
-        steps = [env.step(action.copy())[:4] for env, action in zip(envs, actions)]  # some scale an action in place
-        true_obs, reward, terminated, truncated = (np.array(x) for x in zip(*steps))
-        ended = np.logical_or(terminated, truncated)
-        obs = np.array([env.reset()[0] if over else o for env, o, over in zip(envs, true_obs, ended)])
-        self.finite(obs, true_obs, reward)
+        Returns next_obs [N, O], the last observation where an episode ended; reward, terminated
+        and ended (terminated or truncated), all [N].
+        """
+        self.step += self.args.num_envs
+        next_obs = []
+        reward = []
+        terminated = []
+        truncated = []
+        for env, env_action in zip(self.envs, action, strict=True):
+            # Some environments scale an action in place, so pass a copy.
+            result = env.step(env_action.copy())
+            next_obs.append(result[0])
+            reward.append(result[1])
+            terminated.append(result[2])
+            truncated.append(result[3])
+        next_obs = self.check_finite(np.array(next_obs))
+        reward = self.check_finite(np.array(reward))
+        terminated = np.array(terminated, bool)
+        ended = terminated | np.array(truncated, bool)
         for i in np.flatnonzero(ended):
-            self.log({"episode/return": envs[i].return_queue[-1], "episode/length": envs[i].length_queue[-1]})
-        return obs, reward, terminated, ended, true_obs
+            env = self.envs[i]
+            self.log(
+                {"episode/return": env.return_queue[-1], "episode/length": env.length_queue[-1]}
+            )
+        return next_obs, reward, terminated, ended
+
+    def reset_ended(self, next_obs, ended):
+        """Restart the environments whose episode ended -> observations to act on [N, O]."""
+        if not ended.any():
+            return next_obs
+        obs = next_obs.copy()
+        for i in np.flatnonzero(ended):
+            obs[i], _ = self.envs[i].reset()
+        return self.check_finite(obs)
+
+    def check_finite(self, values):
+        """Return `values`, observations or rewards, if float32 can hold them."""
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise FloatingPointError(
+                f"reward or observation not finite at step {self.step}: "
+                "fix the environment or lower the learning rate"
+            )
+        return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream), where a sum of these would collide between runs."""
-        return np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        return (
+            np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
+        )
+
+    def updates_due(self, utd, learning_starts, every=1):
+        """The numbers of the updates due in this iteration, counted from 0 over the run.
+
+        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        """
+        before = max(0, self.step - self.stride - learning_starts)
+        now = max(0, self.step - learning_starts)
+        return range(int(utd * before) // every, int(utd * now) // every)
+
+    def due(self, every):
+        """Whether this iteration reached a multiple of `every`, or is the last."""
+        return self.step >= self.total or (every > 0 and self.step % every < self.stride)
+
+    def save_due(self):
+        """Whether a checkpoint is due, or Ctrl-C asked for the last one."""
+        return self.due(self.args.checkpoint_every) or self.interrupted
+
+    def steps_per_second(self):
+        """Environment steps per second since the run began."""
+        return self.step / (time.monotonic() - self.start_time)
+
+    def log(self, metrics):
+        """Append a row to metrics.jsonl. Raises FloatingPointError if a number is not finite."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
+            )
+        self.tracker(metrics, self.step)
+        row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
+        self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.last |= row
+
+
+def choose_folder(args):
+    """--run-dir, or a new folder under runs/."""
+    if args.run_dir:
+        return Path(args.run_dir)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs", name.replace("/", "-").replace(":", "-"))
+    while folder.exists():  # another run started in the same second
+        folder = folder.with_name(f"{folder.name}-2")
+    return folder
+
+
+def lock(file, folder):
+    """Lock the metrics file, so that no second process writes to the folder."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process writes to {folder}: wait for it, or choose another --run-dir"
+        ) from error
+    except (OSError, ImportError) as error:  # some file systems cannot lock; Windows has no fcntl
+        print(
+            f"warning: {folder} cannot be locked ({error}): start no second run in it",
+            file=sys.stderr,
+        )
+
+
+def git_commit():
+    """The commit of the repository that holds this file, or None."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def open_tracker(args, folder, run_name, step):
+    """Open what --track names; returns a function that logs a dict of metrics at a step."""
+
+    def log_nowhere(metrics, step):
+        pass
+
+    def log_to_tensorboard(metrics, step):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    def log_to_module(metrics, step):
+        module.log(metrics, step=step)
+
+    # `resume` makes a resumed run the same run there.
+    options = {"project": "onefile", "name": run_name, "config": asdict(args), "resume": "allow"}
+    try:
+        if args.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder, purge_step=step + 1)
+            return log_to_tensorboard
+        if args.track == "wandb":
+            import wandb as module
+
+            module.init(id=run_name, reinit="finish_previous", **options)
+            return log_to_module
+        if args.track == "trackio":
+            import trackio as module
+
+            module.init(**options)
+            return log_to_module
+    except ImportError as error:
+        raise InputError(
+            f"--track {args.track} needs a missing package ({error}): pip install {args.track}"
+        ) from error
+    return log_nowhere
+
+
+def evaluate(run, actor):
+    """Log --eval-episodes deterministic episodes, in environments and with seeds of their own."""
+    if not run.eval_envs:
+        return
+    filmed_env = run.eval_envs[0]
+    if run.args.capture_video:
+        filmed_env.set_wrapper_attr("name_prefix", f"step-{run.step}")
+    obs = {}  # environment -> observation, while its episode lasts
+    for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1), strict=True):
+        obs[env], _ = env.reset(seed=seed)
+    while obs:
+        actions = actor.act(np.stack(list(obs.values())), deterministic=True)
+        for env, action in zip(list(obs), actions, strict=True):
+            obs[env], _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                del obs[env]
+    if run.args.capture_video:
+        try:
+            filmed_env.get_wrapper_attr("stop_recording")()
+        except OSError:
+            if not run.interrupted:  # Ctrl-C stops ffmpeg too, and the video is lost
+                raise
+
+    episodes = np.array([(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs])
+    mean, length = episodes.mean(0).tolist()
+    std = float(episodes.std(0)[0])
+    best = max(mean, run.last.get("eval/best", mean))
+    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
+    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, best {best:.1f}")
 
 
 class Adam(nn.Module):
-    """Adam, https://arxiv.org/abs/1412.6980: a fused kernel, or in an update that is compiled the same in parts."""
+    """Adam, arXiv 1412.6980, as one fused kernel; in a compiled update, the same written out."""
 
     def __init__(self, parameters, lr, eps=1e-8):
+        """`lr` is a number, or a scalar tensor that a schedule fills."""
         super().__init__()
-        self.weights, self.lr, self.eps, self.betas = [*parameters], lr, eps, (0.9, 0.999)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.float32))  # as which CUDA's kernel reads it
-        for i, weight in enumerate(self.weights):
-            self.register_buffer(f"mean_{i}", torch.zeros_like(weight))
-            self.register_buffer(f"square_{i}", torch.zeros_like(weight))
+        self.parameters_held = list(parameters)
+        self.eps = eps
+        self.beta1 = 0.9
+        self.beta2 = 0.999
+        if torch.is_tensor(lr):
+            self.register_buffer("lr", lr)
+        else:
+            self.lr = lr
+        self.register_buffer("steps", torch.zeros(()))
+        for i, parameter in enumerate(self.parameters_held):
+            self.register_buffer(f"mean_{i}", torch.zeros_like(parameter))
+            self.register_buffer(f"square_{i}", torch.zeros_like(parameter))
 
     @torch.no_grad()
     def step(self, gradients):
-        """Move the weights, of whose loss these are the gradients."""
-        (steps, *moments), (beta1, beta2) = self.buffers(), self.betas
-        lists = self.weights, [x.contiguous() for x in gradients], moments[::2], moments[1::2]
-        steps += 1
-        if not torch.compiler.is_compiling():
-            options = {"lr": self.lr, "eps": self.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-            torch._fused_adam_(*lists, [], [steps] * len(gradients), beta1=beta1, beta2=beta2, **options)
-            self.held = lists[1]  # memory given back and taken anew at every step is a tenth of SAC's time
+        """Move the parameters, given the gradients of the loss."""
+        count = len(self.parameters_held)
+        means = [self.get_buffer(f"mean_{i}") for i in range(count)]
+        squares = [self.get_buffer(f"square_{i}") for i in range(count)]
+        gradients = [gradient.contiguous() for gradient in gradients]
+        self.steps += 1
+        if torch.compiler.is_compiling():
+            self.step_written_out(gradients, means, squares)
             return
-        scale, spread = (1 - beta ** steps.double() for beta in self.betas)  # float32 would cancel
-        for weight, gradient, mean, square in zip(*lists):
-            mean.lerp_(gradient, 1 - beta1)
-            square.lerp_(gradient.square(), 1 - beta2)
-            weight.sub_(self.lr / scale * mean / ((square / spread).sqrt() + self.eps))
+        torch._fused_adam_(
+            self.parameters_held,
+            gradients,
+            means,
+            squares,
+            [],
+            [self.steps] * count,
+            lr=self.lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        # Keep the gradients alive: reallocating them costs 10 % of a SAC step.
+        self.gradients = gradients
+
+    def step_written_out(self, gradients, means, squares):
+        """The same step in operations that a compiler can fuse."""
+        # In float32, 1 - beta**t loses its digits for small t.
+        mean_correction = 1 - self.beta1 ** self.steps.double()
+        square_correction = 1 - self.beta2 ** self.steps.double()
+        for parameter, gradient, mean, square in zip(
+            self.parameters_held, gradients, means, squares, strict=True
+        ):
+            mean.lerp_(gradient, 1 - self.beta1)
+            square.lerp_(gradient.square(), 1 - self.beta2)
+            root = (square / square_correction).sqrt() + self.eps
+            parameter.sub_(self.lr / mean_correction * mean / root)
 
 
-def compiled(update):
-    """`update` as one graph, gradients and optimizers included, which draws the random numbers of the plain one."""
-    inductor = importlib.import_module("torch._inductor.compile_fx")
-    torch._dynamo.config.trace_autograd_ops, torch._dynamo.config.recompile_limit = True, 256  # networks of a notebook
-    parts = torch._decomp.get_decompositions([torch.ops.aten.addmm, torch.ops.aten.baddbmm])
+def accelerate(update, args, device):
+    """`update`, made faster as the flags and the device allow. It computes the same."""
+    if args.compile:
+        update = compile_update(update)
+    if args.cuda_graph and device.type == "cuda" and not distributed.is_initialized():
+        update = CudaGraph(update)
+    if device.type == "cpu" and min(args.hidden, default=0) >= 256:
+        update = with_onednn(update)
+    return update
+
+
+def compile_update(update):
+    """Compile `update` into one graph, gradients and optimizers included."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import decompositions
+
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.recompile_limit = 256  # a notebook may train many networks
+    # Splitting these products from their bias lets the bias fuse with the operations after it.
+    aten = torch.ops.aten
+    split = torch._decomp.get_decompositions([aten.addmm, aten.baddbmm])
 
     def backend(graph, inputs):
-        with mock.patch.dict(torch._inductor.decomposition.decompositions, parts):  # a bias fuses with what follows it
-            return inductor.compile_fx(graph, inputs, config_patches={"fallback_random": True})
+        # fallback_random draws the same random numbers as the update that is not compiled.
+        return compile_fx(
+            graph,
+            inputs,
+            decompositions=decompositions | split,
+            config_patches={"fallback_random": True},
+        )
 
-    graph = torch.compile(update, backend=backend, fullgraph=True)
+    compiled = torch.compile(update, backend=backend, fullgraph=True)
 
     def call(batch):
         try:
-            return graph(batch)
+            return compiled(batch)
         except torch._dynamo.exc.TorchDynamoException as error:
-            sys.exit(f"{error}\nerror: the update cannot be compiled, for the reason above: leave out --compile")
+            raise InputError(
+                f"the update cannot be compiled: leave out --compile\n{error}"
+            ) from error
 
     return call
 
 
-def by_onednn(update):
-    """`update`, its products by oneDNN: where this is an AMD, which MKL is slow on, and they are exact.
-
-    Torch goes to oneDNN only where it may round float32 to bfloat16, as it does on processors made for that."""
-    matmul = torch.backends.mkldnn.matmul
-    if "AMD" not in torch.cpu.get_capabilities().get("cpu_name", "") or matmul.fp32_precision != "none":
-        return update
-
-    def call(function, *args):
-        matmul.fp32_precision = "bf16"
-        try:
-            return function(*args)
-        finally:
-            matmul.fp32_precision = "none"
-
-    x = torch.full((256, 256), 1 + 2**-20)  # 1 in bfloat16
-    return partial(call, update) if call(torch.mm, x, torch.eye(256)).equal(x) else update
-
-
 class CudaGraph:
-    """`update`: called as it is three times, since capture wants it warm; then captured, and replayed."""
+    """Calls `update` three times to warm up, then captures it as a CUDA graph and replays that."""
 
     def __init__(self, update):
-        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+        self.update = update
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, batch):
         self.calls += 1
         if self.calls <= 3:
             return self.update(batch)
         if self.calls == 4:
-            self.batch = batch.clone()
+            self.batch = {name: tensor.clone() for name, tensor in batch.items()}
             try:
                 with torch.cuda.graph(self.graph):
                     self.metrics = self.update(self.batch)
             except RuntimeError as error:
-                sys.exit(f"{error}\nerror: the update cannot be captured, for the reason above: add --no-cuda-graph")
-        self.batch.copy_(batch)
+                raise InputError(
+                    f"the update cannot be captured: add --no-cuda-graph\n{error}"
+                ) from error
+        torch._foreach_copy_(list(self.batch.values()), list(batch.values()))
         self.graph.replay()
         return self.metrics
 
 
-# ==== end of plumbing =================================================================================================
-def evaluate(run):
-    """--eval-episodes deterministic episodes side by side, in environments and from seeds of their own."""
-    run.args.capture_video and run.eval_envs[0].set_wrapper_attr("name_prefix", f"step-{run.step}")
-    obs = {env: env.reset(seed=seed)[0] for env, seed in zip(run.eval_envs, run.seeds(len(run.eval_envs), stream=1))}
-    while obs:  # those under way
-        for env, action in zip([*obs], run.actor.act(np.stack([*obs.values()]))):
-            obs[env], _, terminated, truncated, _ = env.step(action)
-            (terminated or truncated) and obs.pop(env)
-    try:
-        run.args.capture_video and run.eval_envs[0].get_wrapper_attr("stop_recording")()
-    except OSError:
-        if not run.interrupted:  # by Ctrl-C, of which ffmpeg hears too
-            raise
-    episodes = [(env.return_queue[-1], env.length_queue[-1]) for env in run.eval_envs]
-    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
-    best = max(mean, run.last.get("eval/best", mean))
-    run.log({"eval/return": mean, "eval/return_std": std, "eval/length": length, "eval/best": best})
-    tqdm.write(f"step {run.step} of {run.total}: return {mean:.1f} +- {std:.1f}, the best so far {best:.1f}")
+def with_onednn(update):
+    """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
+
+    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
+    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+    if not is_amd or matmul.fp32_precision != "none":
+        return update
+
+    def call(function, *inputs):
+        matmul.fp32_precision = "bf16"
+        try:
+            return function(*inputs)
+        finally:
+            matmul.fp32_precision = "none"
+
+    x = torch.full((256, 256), 1 + 2**-20)  # rounds to 1 in bfloat16
+    is_exact = call(torch.mm, x, torch.eye(256)).equal(x)
+    return partial(call, update) if is_exact else update
 
 
 def load_policy(run_dir, deterministic=True):
-    """What a run left in its policy.pt: a function obs [..., O] -> action [..., A], in numpy. Needs no environment."""
-    saved = torch.load(Path(run_dir) / "policy.pt", map_location="cpu", weights_only=True)
-    actor = Actor(**saved["init"])
+    """The policy that a run saved: observations [..., O] -> actions, both numpy arrays."""
+    saved = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
+    actor = Agent(Args(**saved["args"]), Spaces(*saved["spaces"])).actor
     actor.load_state_dict(saved["actor"])
     return partial(actor.act, deterministic=deterministic)
 
 
-def train(args):
-    """Run TD3 as `args` say; returns what result.json holds. Bad flags raise SystemExit, which says what to do."""
-    above_0 = "buffer_size batch_size utd policy_lr q_lr tau hidden policy_frequency"
-    device = start(args, above_0, "learning_starts exploration_noise policy_noise noise_clip", "gamma tau")
-    envs = [make_env(args) for _ in range(args.num_envs)]
-    space, n = envs[0].action_space, args.num_envs
-    flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-    if not flat or not all(0 < width < math.inf for width in space.high - space.low):
-        others = "ppo, trpo and vpg take one without bounds, and, as dqn does, Discrete(n) from 0 on"
-        sys.exit(f"error: {ALGO} needs a flat Box of floats with two bounds to act in, not {space}; {others}")
-    agent = Agent(args, *envs[0].observation_space.shape, space.low.tolist(), space.high.tolist(), device)
-    size = math.ceil(args.buffer_size / n) * n, sum(agent.columns)  # whole rounds: none is split at the end
-    memory = torch.from_numpy(np.empty(size, np.float32)).to(device)
-    run = Run(args, agent.actor, {"agent": agent, "memory": memory})
-    update = {delayed: partial(agent.update, delayed=delayed) for delayed in (False, True)}
-    if args.compile:
-        update = {delayed: compiled(one) for delayed, one in update.items()}
-    if args.cuda_graph and device.type == "cuda":
-        update = {delayed: CudaGraph(one) for delayed, one in update.items()}
-    if device.type == "cpu" and min(args.hidden, default=0) >= 256:
-        update = {delayed: by_onednn(one) for delayed, one in update.items()}
-
-    obs, metrics = run.reset(envs, run.seeds(n)), {}
-    for step in run.steps(n):
-        # Act. Step t has row t mod capacity, so the memory needs no counters.
-        if step <= args.learning_starts:
-            action = torch.lerp(agent.actor.low.cpu(), agent.actor.high.cpu(), torch.rand(n, *space.shape)).numpy()
-        else:
-            action = agent.actor.act(obs, deterministic=False)
-        next_obs, reward, terminated, _, true_obs = run.interact(envs, action)  # of which true_obs is s'
-        rows = np.column_stack((obs, action, reward, terminated, true_obs)).astype(np.float32)
-        memory.narrow(0, (step - n) % len(memory), n).copy_(torch.from_numpy(rows))
-        obs = next_obs
-
-        # Learn: `utd` gradient steps for each step after the random ones.
-        updates = [int(args.utd * max(0, t - args.learning_starts)) for t in (step - n, step)]
-        for i in range(*updates):
-            index = torch.randint(min(step, len(memory)), (args.batch_size,), device=device)
-            metrics |= update[i % args.policy_frequency == args.policy_frequency - 1](memory.index_select(0, index))
-
-        # Report, and make it safe.
-        if run.due(1000):
-            run.log(metrics | {"speed/sps": step / (time.monotonic() - run.began)})
-        if args.eval_every and run.due(args.eval_every):
-            evaluate(run)
-        if run.interrupted or run.due(args.checkpoint_every):
-            run.save()
-            obs, metrics = run.reset(envs, run.seeds(n)), {}
-    run.write("result.json", run.last)
-    return run.last
+def saved_flags(run_dir):
+    """The flags of the run in `run_dir`, as Args; the defaults if it holds none."""
+    path = Path(run_dir, "config.json")
+    if not path.exists():
+        return Args()
+    flags = {}
+    for name, value in json.loads(path.read_text())["args"].items():
+        if hasattr(Args, name):
+            flags[name] = tuple(value) if isinstance(value, list) else value
+    return Args(**flags)
 
 
 def main():
-    """train() with the flags typed; under --resume the others are the run's own."""
+    """Train with the flags of the command line. Exit status 2 is bad input, 130 is Ctrl-C."""
     args = tyro.cli(Args)
     try:
-        if args.resume and args.run_dir and (config := Path(args.run_dir, "config.json")).exists():
-            saved = {k: v for k, v in json.loads(config.read_text())["args"].items() if hasattr(args, k)}
-            args = tyro.cli(Args, default=Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
+        if args.resume and args.run_dir:
+            args = tyro.cli(Args, default=saved_flags(args.run_dir))
         train(args)
-    except (OSError, RuntimeError, MemoryError, ImportError, json.JSONDecodeError, gym.error.Error) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # memory, of which there may be too little
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(130)
+    except (
+        InputError,
+        FloatingPointError,
+        OSError,
+        RuntimeError,
+        MemoryError,
+        ImportError,
+        json.JSONDecodeError,
+        gym.error.Error,
+    ) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not out of memory
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if int(os.environ.get("RANK", 0)) > 0:
+        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
 
 
 if __name__ == "__main__":
