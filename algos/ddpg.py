@@ -45,9 +45,9 @@ What matters beyond the equations:
     critic.
  4. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of
     gradient steps per step.
- 5. The equations have actions and noise in half widths of the action box, and the critic sees
-    actions in them too. The same task in other units is therefore learned the same way. Rewards
-    and observations are used as they are and should be of the order of 1.
+ 5. The agent acts in [-1, 1]; an environment wrapper scales actions to the real bounds. The same
+    task in other units is therefore learned the same way. Rewards and observations are used as they
+    are and should be of the order of 1.
  6. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
     that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
  7. Noise is drawn separately for every environment. What it moves is clipped to the bounds of its
@@ -115,7 +115,7 @@ class Args:
     tau: Share = 0.005  # step size of the target networks
     policy_lr: Positive = 1e-3  # learning rate of the policy
     q_lr: Positive = 1e-3  # learning rate of the critic
-    exploration_noise: NonNegative = 0.1  # std of the noise on actions, in half widths of the box
+    exploration_noise: NonNegative = 0.1  # std of the noise on actions, which span [-1, 1]
     hidden: Widths = (256, 256)  # widths of the hidden layers
     activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # nonlinearity between layers
 
@@ -154,10 +154,9 @@ def mlp(sizes, activation):
     return nn.Sequential(*layers[:-1])
 
 
-def q_values(critic, obs, action, low, high):
-    """Action values: obs [B, O], action [B, A] in the box [A] -> [B]."""
-    in_half_widths = (action - (low + high) / 2) / ((high - low) / 2)
-    return critic(torch.cat((obs, in_half_widths), -1)).squeeze(-1)
+def q_values(critic, obs, action):
+    """Action values: obs [B, O], action [B, A] -> [B]."""
+    return critic(torch.cat((obs, action), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -166,33 +165,27 @@ class Actor(nn.Module):
     def __init__(self, args, spaces):
         super().__init__()
         self.net = mlp((spaces.obs_dim, *args.hidden, spaces.act_dim), args.activation)
-        self.register_buffer("low", torch.tensor(spaces.low))
-        self.register_buffer("high", torch.tensor(spaces.high))
         self.exploration_noise = args.exploration_noise
 
     def forward(self, obs):
-        """mu: obs [..., O] -> action [..., A]."""
-        return squash(self.net(obs), self.low, self.high)
+        """mu: obs [..., O] -> action [..., A] in [-1, 1]."""
+        return self.net(obs).tanh()
 
     @torch.no_grad()
     def act(self, obs, deterministic=True):
-        """Observations [..., O] -> actions [..., A], both numpy arrays."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.low.device)
+        """Observations [..., O] -> actions [..., A] in [-1, 1], both numpy arrays."""
+        device = next(self.parameters()).device
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         action = self(obs)
         if not deterministic:
             noise = self.exploration_noise * torch.randn_like(action)
-            action = perturb(action, noise, self.low, self.high)  # (1)
+            action = perturb(action, noise)  # (1)
         return action.cpu().numpy()
 
 
-def squash(u, low, high):
-    """u [..., A], bounds [A] -> action [..., A]."""
-    return torch.lerp(low, high, (1 + u.tanh()) / 2)
-
-
-def perturb(action, noise, low, high):
-    """(1): action [..., A], noise in half widths [..., A], bounds [A] -> action [..., A]."""
-    return (action + noise * (high - low) / 2).clamp(low, high)
+def perturb(action, noise):
+    """(1): action and noise [..., A] -> action [..., A] in [-1, 1]."""
+    return (action + noise).clamp(-1, 1)
 
 
 def q_target(reward, terminated, next_q, gamma):
@@ -243,24 +236,22 @@ class Agent(nn.Module):
 
     def random_actions(self, n):
         """Uniformly random actions [n, A] as a numpy array."""
-        share = torch.rand(n, self.spaces.act_dim)
-        return torch.lerp(self.actor.low.cpu(), self.actor.high.cpu(), share).numpy()
+        return (2 * torch.rand(n, self.spaces.act_dim) - 1).numpy()
 
     def update(self, batch):
         """One gradient step of everything; `batch` as in `train`. Returns scalar tensors to log."""
         obs = batch["obs"]
         next_obs = batch["next_obs"]
-        box = self.actor.low, self.actor.high
 
         with torch.no_grad():
             next_action = self.target_actor(next_obs)
-            next_q = q_values(self.target, next_obs, next_action, *box)  # [B]
+            next_q = q_values(self.target, next_obs, next_action)  # [B]
             y = q_target(batch["reward"], batch["terminated"], next_q, self.args.gamma)  # (2)
-        q = q_values(self.critic, obs, batch["action"], *box)  # [B]
+        q = q_values(self.critic, obs, batch["action"])  # [B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (3)
 
-        new_q = q_values(self.critic, obs, self.actor(obs), *box)  # [B]
+        new_q = q_values(self.critic, obs, self.actor(obs))  # [B]
         loss_pi = actor_loss(new_q)
         metrics = {"loss/critic": loss_q, "loss/actor": loss_pi}
         descend(self.actor_optimizer, loss_pi)  # (4)
@@ -400,7 +391,10 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O]; films it if `video_folder` is given."""
+    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+
+    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    """
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -421,12 +415,9 @@ def make_env(args, video_folder=None):
     env = gym.wrappers.TransformObservation(env, np.copy, None)
     # Some environments return the reward as an array of one element.
     env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
-    actions = env.action_space
-    if isinstance(actions, gym.spaces.Box) and actions.dtype != np.float32:
-        # float32 rounding can push an action outside float64 bounds, so clip.
-        env = gym.wrappers.TransformAction(
-            env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), None
-        )
+    if isinstance(env.action_space, gym.spaces.Box):
+        scale = action_scaler(env.action_space.low, env.action_space.high)
+        env = gym.wrappers.TransformAction(env, scale, None)
     # The usual key, "episode", may be taken by the environment.
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)
 
@@ -444,6 +435,25 @@ def make_filmed_env(env_id, video_folder):
             f"cannot film {env_id} ({error!r}): leave out --capture-video, or set MUJOCO_GL"
         ) from error
     return gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True)
+
+
+def action_scaler(low, high):
+    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+
+    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
+    keeps its units and counts from the point nearest to 0.
+    """
+    center = np.clip(np.zeros_like(low), low, high)
+    half_width = np.ones_like(low)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    center[bounded] = low[bounded] / 2 + high[bounded] / 2
+    half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
+
+    def scale(action):
+        # Clip: rounding can push an action outside the box.
+        return (center + half_width * action).clip(low, high)
+
+    return scale
 
 
 ACTION_SPACES = {
@@ -680,8 +690,7 @@ class Run:
         """Write policy.pt and checkpoint.pt; the last checkpoint becomes checkpoint.prev.pt."""
         agent = self.parts["agent"]
         for name, tensor in agent.state_dict().items():
-            is_bound = name in ("actor.low", "actor.high")
-            if not is_bound and not tensor.isfinite().all():
+            if not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"{name} not finite at step {self.step}: start anew with a lower learning rate"
                 )
@@ -761,8 +770,7 @@ class Run:
         terminated = []
         truncated = []
         for env, env_action in zip(self.envs, action, strict=True):
-            # Some environments scale an action in place, so pass a copy.
-            result = env.step(env_action.copy())
+            result = env.step(env_action)
             next_obs.append(result[0])
             reward.append(result[1])
             terminated.append(result[2])
@@ -1102,9 +1110,17 @@ def with_onednn(update):
 def load_policy(run_dir, deterministic=True):
     """The policy that a run saved: observations [..., O] -> actions, both numpy arrays."""
     saved = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
-    actor = Agent(Args(**saved["args"]), Spaces(*saved["spaces"])).actor
+    spaces = Spaces(*saved["spaces"])
+    actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    return partial(actor.act, deterministic=deterministic)
+    scale = np.asarray
+    if spaces.low is not None:
+        scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
+
+    def policy(obs):
+        return scale(actor.act(obs, deterministic=deterministic))
+
+    return policy
 
 
 def saved_flags(run_dir):

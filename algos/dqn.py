@@ -436,7 +436,10 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O]; films it if `video_folder` is given."""
+    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+
+    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    """
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -457,12 +460,9 @@ def make_env(args, video_folder=None):
     env = gym.wrappers.TransformObservation(env, np.copy, None)
     # Some environments return the reward as an array of one element.
     env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
-    actions = env.action_space
-    if isinstance(actions, gym.spaces.Box) and actions.dtype != np.float32:
-        # float32 rounding can push an action outside float64 bounds, so clip.
-        env = gym.wrappers.TransformAction(
-            env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), None
-        )
+    if isinstance(env.action_space, gym.spaces.Box):
+        scale = action_scaler(env.action_space.low, env.action_space.high)
+        env = gym.wrappers.TransformAction(env, scale, None)
     # The usual key, "episode", may be taken by the environment.
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)
 
@@ -480,6 +480,25 @@ def make_filmed_env(env_id, video_folder):
             f"cannot film {env_id} ({error!r}): leave out --capture-video, or set MUJOCO_GL"
         ) from error
     return gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True)
+
+
+def action_scaler(low, high):
+    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+
+    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
+    keeps its units and counts from the point nearest to 0.
+    """
+    center = np.clip(np.zeros_like(low), low, high)
+    half_width = np.ones_like(low)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    center[bounded] = low[bounded] / 2 + high[bounded] / 2
+    half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
+
+    def scale(action):
+        # Clip: rounding can push an action outside the box.
+        return (center + half_width * action).clip(low, high)
+
+    return scale
 
 
 ACTION_SPACES = {
@@ -767,8 +786,7 @@ class Run:
         """Write policy.pt and checkpoint.pt; the last checkpoint becomes checkpoint.prev.pt."""
         agent = self.parts["agent"]
         for name, tensor in agent.state_dict().items():
-            is_bound = name in ("actor.low", "actor.high")
-            if not is_bound and not tensor.isfinite().all():
+            if not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"{name} not finite at step {self.step}: start anew with a lower learning rate"
                 )
@@ -848,8 +866,7 @@ class Run:
         terminated = []
         truncated = []
         for env, env_action in zip(self.envs, action, strict=True):
-            # Some environments scale an action in place, so pass a copy.
-            result = env.step(env_action.copy())
+            result = env.step(env_action)
             next_obs.append(result[0])
             reward.append(result[1])
             terminated.append(result[2])
@@ -1189,9 +1206,17 @@ def with_onednn(update):
 def load_policy(run_dir, deterministic=True):
     """The policy that a run saved: observations [..., O] -> actions, both numpy arrays."""
     saved = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
-    actor = Agent(Args(**saved["args"]), Spaces(*saved["spaces"])).actor
+    spaces = Spaces(*saved["spaces"])
+    actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    return partial(actor.act, deterministic=deterministic)
+    scale = np.asarray
+    if spaces.low is not None:
+        scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
+
+    def policy(obs):
+        return scale(actor.act(obs, deterministic=deterministic))
+
+    return policy
 
 
 def saved_flags(run_dir):

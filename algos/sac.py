@@ -45,9 +45,9 @@ What matters beyond the equations:
     critics.
  4. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of
     gradient steps per step.
- 5. The critics see actions in half widths of the action box, and (7) is the density there. The
-    same task in other units is therefore learned the same way. Rewards and observations are used
-    as they are and should be of the order of 1.
+ 5. The agent acts in [-1, 1]; an environment wrapper scales actions to the real bounds. The same
+    task in other units is therefore learned the same way. Rewards and observations are used as they
+    are and should be of the order of 1.
  6. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
     that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
 
@@ -167,10 +167,9 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
-def q_values(critic, obs, action, low, high):
-    """Action values by K stacked critics: obs [B, O], action [B, A] in the box [A] -> [K, B]."""
-    in_half_widths = (action - (low + high) / 2) / ((high - low) / 2)
-    return critic(torch.cat((obs, in_half_widths), -1)).squeeze(-1)
+def q_values(critic, obs, action):
+    """Action values by K stacked critics: obs [B, O], action [B, A] -> [K, B]."""
+    return critic(torch.cat((obs, action), -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -179,15 +178,13 @@ class Actor(nn.Module):
     def __init__(self, args, spaces):
         super().__init__()
         self.net = mlp((spaces.obs_dim, *args.hidden, 2 * spaces.act_dim), args.activation)
-        self.register_buffer("low", torch.tensor(spaces.low))
-        self.register_buffer("high", torch.tensor(spaces.high))
 
     def forward(self, obs):
-        """(1), (7): obs [B, O] -> action [B, A], its log-probability [B], std of u [B, A]."""
+        """(1), (7): obs [B, O] -> action in [-1, 1], log-probability [B], std of u."""
         mean, log_std = self.mean_and_log_std(obs)
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise
-        return squash(u, self.low, self.high), log_prob(u, noise, log_std), log_std.exp()
+        return u.tanh(), log_prob(u, noise, log_std), log_std.exp()
 
     def mean_and_log_std(self, obs):
         """obs [..., O] -> mean and log of the standard deviation of u, both [..., A]."""
@@ -196,17 +193,13 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, deterministic=True):
-        """Observations [..., O] -> actions [..., A], both numpy arrays."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.low.device)
+        """Observations [..., O] -> actions [..., A] in [-1, 1], both numpy arrays."""
+        device = next(self.parameters()).device
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         u, log_std = self.mean_and_log_std(obs)
         if not deterministic:
             u = u + log_std.exp() * torch.randn_like(u)
-        return squash(u, self.low, self.high).cpu().numpy()
-
-
-def squash(u, low, high):
-    """(1): u [..., A], bounds [A] -> action [..., A]."""
-    return torch.lerp(low, high, (1 + u.tanh()) / 2)
+        return u.tanh().cpu().numpy()
 
 
 def log_prob(u, noise, log_std):
@@ -281,28 +274,26 @@ class Agent(nn.Module):
 
     def random_actions(self, n):
         """Uniformly random actions [n, A] as a numpy array."""
-        share = torch.rand(n, self.spaces.act_dim)
-        return torch.lerp(self.actor.low.cpu(), self.actor.high.cpu(), share).numpy()
+        return (2 * torch.rand(n, self.spaces.act_dim) - 1).numpy()
 
     def update(self, batch):
         """One gradient step of everything; `batch` as in `train`. Returns scalar tensors to log."""
         obs = batch["obs"]
         next_obs = batch["next_obs"]
-        box = self.actor.low, self.actor.high
         alpha = self.log_alpha.detach().exp()
 
         with torch.no_grad():
             next_action, next_log_prob, _ = self.actor(next_obs)
-            next_q = q_values(self.target, next_obs, next_action, *box)  # [K, B]
+            next_q = q_values(self.target, next_obs, next_action)  # [K, B]
             y = soft_target(
                 batch["reward"], batch["terminated"], next_q, next_log_prob, alpha, self.args.gamma
             )  # (2)
-        q = q_values(self.critic, obs, batch["action"], *box)  # [K, B]
+        q = q_values(self.critic, obs, batch["action"])  # [K, B]
         loss_q = critic_loss(q, y)
         descend(self.critic_optimizer, loss_q)  # (3)
 
         new_action, new_log_prob, std = self.actor(obs)  # (1), (7)
-        new_q = q_values(self.critic, obs, new_action, *box)  # [K, B]
+        new_q = q_values(self.critic, obs, new_action)  # [K, B]
         loss_pi = actor_loss(new_q, new_log_prob, alpha)
         metrics = {"loss/critic": loss_q, "loss/actor": loss_pi, "policy/alpha": alpha}
         if self.args.autotune:
@@ -446,7 +437,10 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O]; films it if `video_folder` is given."""
+    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+
+    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    """
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -467,12 +461,9 @@ def make_env(args, video_folder=None):
     env = gym.wrappers.TransformObservation(env, np.copy, None)
     # Some environments return the reward as an array of one element.
     env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
-    actions = env.action_space
-    if isinstance(actions, gym.spaces.Box) and actions.dtype != np.float32:
-        # float32 rounding can push an action outside float64 bounds, so clip.
-        env = gym.wrappers.TransformAction(
-            env, lambda a: a.astype(actions.dtype).clip(actions.low, actions.high), None
-        )
+    if isinstance(env.action_space, gym.spaces.Box):
+        scale = action_scaler(env.action_space.low, env.action_space.high)
+        env = gym.wrappers.TransformAction(env, scale, None)
     # The usual key, "episode", may be taken by the environment.
     return gym.wrappers.RecordEpisodeStatistics(env, stats_key=ALGO)
 
@@ -490,6 +481,25 @@ def make_filmed_env(env_id, video_folder):
             f"cannot film {env_id} ({error!r}): leave out --capture-video, or set MUJOCO_GL"
         ) from error
     return gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True)
+
+
+def action_scaler(low, high):
+    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+
+    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
+    keeps its units and counts from the point nearest to 0.
+    """
+    center = np.clip(np.zeros_like(low), low, high)
+    half_width = np.ones_like(low)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    center[bounded] = low[bounded] / 2 + high[bounded] / 2
+    half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
+
+    def scale(action):
+        # Clip: rounding can push an action outside the box.
+        return (center + half_width * action).clip(low, high)
+
+    return scale
 
 
 ACTION_SPACES = {
@@ -726,8 +736,7 @@ class Run:
         """Write policy.pt and checkpoint.pt; the last checkpoint becomes checkpoint.prev.pt."""
         agent = self.parts["agent"]
         for name, tensor in agent.state_dict().items():
-            is_bound = name in ("actor.low", "actor.high")
-            if not is_bound and not tensor.isfinite().all():
+            if not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"{name} not finite at step {self.step}: start anew with a lower learning rate"
                 )
@@ -807,8 +816,7 @@ class Run:
         terminated = []
         truncated = []
         for env, env_action in zip(self.envs, action, strict=True):
-            # Some environments scale an action in place, so pass a copy.
-            result = env.step(env_action.copy())
+            result = env.step(env_action)
             next_obs.append(result[0])
             reward.append(result[1])
             terminated.append(result[2])
@@ -1148,9 +1156,17 @@ def with_onednn(update):
 def load_policy(run_dir, deterministic=True):
     """The policy that a run saved: observations [..., O] -> actions, both numpy arrays."""
     saved = torch.load(Path(run_dir, "policy.pt"), map_location="cpu", weights_only=True)
-    actor = Agent(Args(**saved["args"]), Spaces(*saved["spaces"])).actor
+    spaces = Spaces(*saved["spaces"])
+    actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    return partial(actor.act, deterministic=deterministic)
+    scale = np.asarray
+    if spaces.low is not None:
+        scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
+
+    def policy(obs):
+        return scale(actor.act(obs, deterministic=deterministic))
+
+    return policy
 
 
 def saved_flags(run_dir):
