@@ -1,6 +1,5 @@
-"""What the tests share: the files of algos/ as modules, and a way to run one of them as a user does, in a process."""
+"""What the tests share: the files of algos/, and how to run one of them as a user does."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,60 +7,50 @@ import sys
 from pathlib import Path
 
 import pytest
+from algos import ALGOS, SMALL_REPLAY, SMALL_ROLLOUT
 
 ROOT = Path(__file__).resolve().parent.parent
-ALGOS = sorted((ROOT / "algos").glob("*.py"))
-sys.path.append(str(ROOT / "scripts"))  # where a script finds another, as it does when it is run
+sys.path.append(str(ROOT / "scripts"))  # scripts import each other from their own folder
 
-# Flags that make a run of 600 steps take a second after the imports, and an environment that the algorithm can act in.
-REPLAY = "--learning-starts 200 --hidden 16 16 --batch-size 16 --buffer-size 5000"
-ROLLOUT = "--num-steps 50 --num-minibatches 2 --update-epochs 2 --hidden 16 16"
-SMALL = {
-    "ddpg": f"--env-id Pendulum-v1 {REPLAY}",
-    "dqn": f"--env-id CartPole-v1 {REPLAY}",
-    "ppo": f"--env-id Pendulum-v1 {ROLLOUT}",
-    "sac": f"--env-id Pendulum-v1 {REPLAY}",
-    "td3": f"--env-id Pendulum-v1 {REPLAY}",
-    "trpo": f"--env-id Pendulum-v1 {ROLLOUT}",
-    "vpg": f"--env-id CartPole-v1 {ROLLOUT}",
-}
-CONTINUOUS = [path for path in ALGOS if path.stem in ("ddpg", "sac", "td3")]  # those that know nothing but boxes
-ON_POLICY = [path for path in ALGOS if path.stem in ("ppo", "trpo", "vpg")]
+from common import load_algo  # noqa: E402  (needs the path above)
+
+PATHS = sorted((ROOT / "algos").glob("*.py"))
+missing = [path.stem for path in PATHS if path.stem not in ALGOS]
+if missing:
+    raise pytest.UsageError(f"add a record for {', '.join(missing)} to ALGOS in tests/algos.py")
 
 
-def in_files(names, quick):
-    """The files of algos/ of these names as parameters, slow but for those named in `quick`."""
-    marks = {name: () if name in quick else pytest.mark.slow for name in names}
-    return [pytest.param(path, marks=marks[path.stem], id=path.stem) for path in ALGOS if path.stem in marks]
+def select(**fields):
+    """The files whose record has these values, e.g. select(family="replay", actions="box")."""
+    chosen = []
+    for path in PATHS:
+        record = ALGOS[path.stem]._asdict()
+        if all(record[name] == value for name, value in fields.items()):
+            chosen.append(path)
+    return chosen
 
 
-# What the plumbing does is tried in one file that has a memory and one that has rollouts, since its text is the same in
-# all, and what takes seconds in every file; but where the slow tests are left out, only in SAC's.
-TWO = in_files(["ppo", "sac"], ["sac"])
-EVERY = in_files([path.stem for path in ALGOS], ["sac"])
-two, every = (pytest.mark.parametrize("path", files) for files in (TWO, EVERY))
+ROLLOUT_PATHS = select(family="rollout")
+REPLAY_PATHS = select(family="replay")
+BOX_PATHS = select(actions="box")
 
 
-def env_id(path):
-    """The environment of an algorithm's small run."""
-    return SMALL[path.stem].split()[1]
+def marked_slow(paths):
+    """The files as test parameters. All but SAC's are slow, so -m "not slow" runs one of them."""
+    params = []
+    for path in paths:
+        marks = () if path.stem == "sac" else pytest.mark.slow
+        params.append(pytest.param(path, marks=marks, id=path.stem))
+    return params
 
 
-def probe(path, name):
-    """An environment of probes.py, with the actions that the algorithm takes."""
-    return f"probe/{name}Discrete-v0" if path.stem == "dqn" else f"probe/{name}-v0"
+# The plumbing is the same text in every file, so one file of each family stands for all.
+ONE_OF_EACH_FAMILY = marked_slow([ROOT / "algos" / "ppo.py", ROOT / "algos" / "sac.py"])
+one_of_each_family = pytest.mark.parametrize("path", ONE_OF_EACH_FAMILY)
+every_file = pytest.mark.parametrize("path", marked_slow(PATHS))
 
 
-def load(path):
-    """Import a file of algos/ or scripts/ by its path, which is no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=ALGOS, ids=lambda path: path.stem)
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request):
     """Each file of algos/ in turn."""
     return request.param
@@ -69,26 +58,49 @@ def path(request):
 
 @pytest.fixture
 def sac():
-    return load(ROOT / "algos" / "sac.py")
+    return load_algo("sac")
+
+
+def env_id(path):
+    """The environment of an algorithm's small run."""
+    return ALGOS[path.stem].env_id
+
+
+def probe(path, name):
+    """The id of an environment of probes.py, with actions that the algorithm supports."""
+    return (
+        f"probe/{name}Discrete-v0" if ALGOS[path.stem].actions == "discrete" else f"probe/{name}-v0"
+    )
 
 
 def command(path, *flags):
-    """The command line of a small run on one thread; later flags win over earlier ones."""
-    small = [*SMALL[path.stem].split(), "--total-timesteps", "600", "--eval-every", "200", "--eval-episodes", "2"]
-    small += ["--device", "cpu"]  # where runs are to be equal to the last bit
-    typed = [str(flag) for flag in flags]
-    if "--resume" in typed:
-        small = []
-    return [sys.executable, str(path), *small, "--checkpoint-every", "200", "--threads", "1", *typed]
+    """The command line of a small run on one thread; later flags override earlier ones."""
+    flags = [str(flag) for flag in flags]
+    line = [sys.executable, str(path)]
+    if "--resume" not in flags:
+        record = ALGOS[path.stem]
+        line += ["--env-id", record.env_id]
+        line += (SMALL_REPLAY if record.family == "replay" else SMALL_ROLLOUT).split()
+        line += ["--total-timesteps", "600", "--eval-every", "200", "--eval-episodes", "2"]
+        line += ["--device", "cpu"]  # only CPU runs are bit-identical
+    return [*line, "--checkpoint-every", "200", "--threads", "1", *flags]
 
 
 def run(path, *flags, cwd=None, env=None):
-    """Run it to its end; returns the finished process with its output as text."""
+    """Run `command` to its end; returns the finished process with its output as text."""
     env = {**os.environ, "SDL_VIDEODRIVER": "dummy", **(env or {})}
-    return subprocess.run(command(path, *flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(path, *flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def rows(run_dir):
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall" and not k.startswith("speed/")} for row in lines]
+    """The rows of metrics.jsonl without times."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    kept = []
+    for line in lines:
+        row = json.loads(line)
+        del row["wall"]
+        row.pop("speed/sps", None)
+        kept.append(row)
+    return kept
