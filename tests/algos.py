@@ -66,6 +66,7 @@ ALGOS = {
         learning_rate_flag="--learning-rate",
         resume_envs=("CartPole-v1",),
         export_flags=("--dueling",),
+        flags_need={"tau": {"target_network_frequency": 10}},
     ),
     "ppo": Algo(
         family="rollout",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from algos import ALGOS, SMALL_REPLAY, SMALL_ROLLOUT
 
 ROOT = Path(__file__).resolve().parent.parent
