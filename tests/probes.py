@@ -9,7 +9,15 @@ import numpy as np
 class Probe(gym.Env):
     """Observes [time / length, what `reset` drew], acts in a Box or chooses among three, and lasts `length` steps."""
 
-    def __init__(self, length=1, low=-1.0, high=1.0, ends=True, reward=lambda probe, action: 1.0, discrete=False):
+    def __init__(
+        self,
+        length=1,
+        low=-1.0,
+        high=1.0,
+        ends=True,
+        reward=lambda probe, action: 1.0,
+        discrete=False,
+    ):
         self.observation_space = gym.spaces.Box(-10, 10, (2,))
         self.action_space = gym.spaces.Box(np.float32(low), np.float32(high), (1,))
         if discrete:
@@ -85,7 +93,11 @@ class Precise(Probe):
     """Takes float64 in bounds that a float32 would leave, and gives its reward as an array of one."""
 
     def __init__(self, discrete=False):
-        super().__init__(length=5, reward=lambda probe, action: -np.square(np.atleast_1d(action)), discrete=discrete)
+        super().__init__(
+            length=5,
+            reward=lambda probe, action: -np.square(np.atleast_1d(action)),
+            discrete=discrete,
+        )
         if not discrete:
             self.action_space = gym.spaces.Box(-0.1, 0.1, (1,), np.float64)
 
@@ -137,7 +149,9 @@ def relatively(width, probe, action):
 
 def squarely(probe, action):
     """Best is 0.5 in a box, and 2 of 0, 1, 2."""
-    return 1 - (float(action) - 2) ** 2 if np.ndim(action) == 0 else 1 - (float(action[0]) - 0.5) ** 2
+    return (
+        1 - (float(action) - 2) ** 2 if np.ndim(action) == 0 else 1 - (float(action[0]) - 0.5) ** 2
+    )
 
 
 def offset(probe, action):
@@ -182,10 +196,16 @@ for name, make in {
     "Discrete": partial(Odd, BOX, PAIR),
     "FromOne": partial(Odd, BOX, gym.spaces.Discrete(2, start=1)),
     "Unbounded": partial(Odd, BOX, gym.spaces.Box(-np.inf, np.inf, (1,))),
-    "HalfBounded": partial(Odd, BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))),
+    "HalfBounded": partial(
+        Odd, BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))
+    ),
     "Integers": partial(Odd, BOX, gym.spaces.Box(-3, 3, (1,), np.int32)),
-    "NoWidth": partial(Odd, BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))),
+    "NoWidth": partial(
+        Odd, BOX, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))
+    ),
     "Matrix": partial(Odd, BOX, gym.spaces.Box(-1, 1, (2, 2))),
 }.items():
     gym.register(f"probe/{name}-v0", entry_point=make)
-    gym.register(f"probe/{name}Discrete-v0", entry_point=make, kwargs={"discrete": True})  # not meant for Odd
+    gym.register(
+        f"probe/{name}Discrete-v0", entry_point=make, kwargs={"discrete": True}
+    )  # not meant for Odd

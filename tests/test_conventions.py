@@ -255,7 +255,7 @@ def test_nothing_names_the_place_where_it_was_made(file):
 
 @one_of_each_family
 def test_denormal_numbers_are_flushed_to_zero(path):
-    """Adam's moments of a dead unit decay into them; they made SAC's first 2,000 updates 9 % slower."""
+    """Adam moments of dead units decay into them; they slowed 2,000 updates of SAC by 9 %."""
     module = load_algo(path)
     torch.set_flush_denormal(False)
     try:
