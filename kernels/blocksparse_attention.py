@@ -1,6 +1,12 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11", "numpy>=2", "tyro>=1,<2", "matplotlib>=3.9", "triton>=3.6; sys_platform == 'linux'"]
+# dependencies = [
+#     "torch>=2.11",
+#     "numpy>=2",
+#     "tyro>=1,<2",
+#     "matplotlib>=3.9",
+#     "triton>=3.6; sys_platform == 'linux'",
+# ]
 # ///
 """Block-sparse attention: softmax attention over chosen blocks, forward and backward.
 
@@ -31,11 +37,11 @@ query attends to may hold NaN.
 Usage:
     from blocksparse_attention import BlockLayout, blocksparse_attention, sliding_window
 
-    layout = BlockLayout.from_mask(mask, block_size=64)   # bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb]
-    layout = sliding_window(4096, 4096, 64, window=512)   # or another pattern of the zoo below
-    out = blocksparse_attention(q, k, v, layout)          # [B, H, Sq, D]; k and v may have fewer heads
+    layout = sliding_window(4096, 4096, 64, window=512)  # or another pattern of the zoo below
+    layout = BlockLayout.from_mask(mask, block_size=64)  # mask: bool [Qb, Kb] or [B, H, Qb, Kb]
+    out = blocksparse_attention(q, k, v, layout)  # [B, H, Sq, D]; k and v may have fewer heads
 
-    python kernels/blocksparse_attention.py               # self-check, benchmark and figure; see --help
+    python kernels/blocksparse_attention.py  # self-check, benchmark and figure; see --help
 
 Results: on a CPU (AMD Zen 5, float32), random layouts run 20 times as fast as dense attention at a
 density of 5 % and 5.2 times at 25 %. The kernels have not been timed on a GPU.
@@ -45,28 +51,28 @@ What matters beyond the equations:
     live blocks, and no Python loop runs over blocks.
  2. Masked scores are -inf, never a large negative number. A row maximum of -inf is replaced by 0
     before it is subtracted, because -inf - -inf is NaN.
- 3. The kernels merge blocks into tiles of 64 or 128, with a 64-bit word per tile that says which
-    sub-blocks are live. They visit whole tiles first, which need no mask except for kv_lens, and then
-    the tiles that a mask, the diagonal or an end cuts.
- 4. In the cut tiles, keys that no query attends to and queries that attend to no key are set to 0 and
-    not loaded, because 0 times NaN is NaN.
+ 3. The kernels merge blocks into tiles of 64 or 128. A 64-bit word for each tile says which of its
+    sub-blocks are live. The kernels visit whole tiles first, which need no mask except for kv_lens,
+    and then the tiles that a mask, the diagonal or an end cuts.
+ 4. In the cut tiles, keys that no query attends to and queries that attend to no key are not loaded
+    but set to 0, because 0 times NaN is NaN.
  5. The kernels multiply by the scale after the product, in float32, together with log2 e, because
     the hardware computes exp2. The PyTorch path uses exp2 as well: it takes a fifth of the time of
     MKL's exp.
  6. One kernel sums dk and dv over a column, for all query heads that share a key head; another sums
     dq over a row. No sum depends on the order in which programs run.
- 7. The PyTorch path groups rows with equal numbers of blocks, over all heads, and works in chunks that
-    fit the cache of each thread. Rows without a mask first try exp without subtracting a maximum; if
-    a sum leaves 1e-12 to 1e12, they are computed again with it. Values may therefore range from
-    1e-26 to 1e26.
- 8. The PyTorch path copies q, k and v where their blocks are not a view. The kernels accept any strides
-    as long as the last one is 1.
+ 7. The PyTorch path groups rows with equal numbers of blocks, over all heads, and works in chunks
+    that fit the cache of each thread. Rows without a mask first try exp without subtracting a
+    maximum; if a sum leaves 1e-12 to 1e12, they are computed again with it. Values may therefore
+    range from 1e-26 to 1e26.
+ 8. The PyTorch path copies q, k and v where their blocks are not a view. The kernels accept any
+    strides as long as the last one is 1.
  9. The PyTorch path synchronises with a GPU to learn the sizes of its chunks; the kernels never do.
 """
 
 # Shapes: B batch, H query heads, K key heads, G = H / K query heads for each key head, Sq queries,
-# Sk keys, D head size; b block size, Qb and Kb blocks of queries and of keys, E live blocks; R rows of
-# blocks, n blocks in each; T tile size of the kernels, M x N scores in one step of a kernel.
+# Sk keys, D head size; b block size, Qb and Kb blocks of queries and of keys, E live blocks; R rows
+# of blocks, n blocks in each; T tile size of the kernels, M x N scores in one step of a kernel.
 
 import functools
 import itertools
@@ -92,9 +98,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except (
-    ImportError
-):  # the CPU wheel of torch comes without Triton; the PyTorch path does not need it
+except ImportError:  # the CPU wheel of torch comes without Triton; the PyTorch path works
     triton = None
     tl = SimpleNamespace(constexpr=float)
 
@@ -125,9 +129,9 @@ def blocksparse_attention(
         return_lse: also return the log-sum-exp of the scores, [B, H, Sq], which is differentiable.
         backend: "torch", "triton", or "auto": Triton on CUDA where the kernels support the input.
 
-    Returns the output [B, H, Sq, D], or output and log-sum-exp. A query that attends to nothing gives
-    output 0, log-sum-exp -inf and zero gradients. The PyTorch path has derivatives of any order.
-    Forward-mode differentiation, as in torch.func.jvp, raises an error.
+    Returns the output [B, H, Sq, D], or output and log-sum-exp. A query that attends to nothing
+    gives output 0, log-sum-exp -inf and zero gradients. The PyTorch path has derivatives of any
+    order. Forward-mode differentiation, as in torch.func.jvp, raises an error.
     """
     check_tensors(q, k, v)
     check_layout(q, k, v, layout)
@@ -141,7 +145,7 @@ def blocksparse_attention(
         tensors = layout.tiles
         tile_size = layout.tile_size
         if not (torch.compiler.is_compiling() or is_capturing(q)):
-            # Compute the ranges outside the operator: memory of an operator may belong to a CUDA graph.
+            # Compute the ranges here, because memory of an operator may belong to a CUDA graph.
             tile_ranges(tensors, tile_size, q.shape[2], k.shape[2], bool(causal), keep=True)
     sizes = [layout.batch, layout.heads, layout.block_size, tile_size]
     flat = flatten_layout(tensors)
@@ -287,7 +291,7 @@ def ceil_div(a, b):
 class BlockLayout:
     """Which blocks of queries attend to which blocks of keys.
 
-    Make one with `BlockLayout.from_mask` or with a function of the zoo: `sliding_window`, `causal`, ...
+    Make one with `BlockLayout.from_mask`, or with a function of the zoo such as `sliding_window`.
     """
 
     def __init__(self, shape, block_size, tensors, rule=None):
@@ -313,12 +317,12 @@ class BlockLayout:
         Args:
             mask: bool [Qb, Kb], [H, Qb, Kb] or [B, H, Qb, Kb]; leading dimensions may be 1.
             block_size: 8, 16, 32, 64 or 128.
-            element_mask: which pairs inside the live blocks are live. Either bool [E, b, b] in the order
-                of mask.nonzero(), or a function of batch, head, query and key (integer tensors that
-                broadcast). The function is called on live blocks only, but on all pairs of them,
-                including those beyond the last query and key. Batch or head is always 0 where that
-                dimension of `mask` is 1 or absent. What causal=True, kv_lens and the ends of q and k
-                remove needs no element mask.
+            element_mask: which pairs inside the live blocks are live. Either bool [E, b, b] in the
+                order of mask.nonzero(), or a function of batch, head, query and key (integer
+                tensors that broadcast). The function is called on live blocks only, but on all
+                pairs of them, including those beyond the last query and key. Batch or head is
+                always 0 where that dimension of `mask` is 1 or absent. What causal=True, kv_lens
+                and the ends of q and k remove needs no element mask.
         """
         check_mask(mask, block_size)
         Qb, Kb = mask.shape[-2:]
@@ -367,7 +371,7 @@ class BlockLayout:
         return BlockLayout(self.shape, self.block_size, unflatten_layout(flat), self.rule)
 
     def __reduce__(self):
-        """Pickle without tiles, which are made again, and without the rule, which may not pickle."""
+        """Pickle without the tiles, which are made anew, and the rule, which may not pickle."""
         return BlockLayout, (self.shape, self.block_size, self.tensors)
 
     def to_mask(self):
@@ -510,8 +514,8 @@ def index_both_ways(
 ):
     """Index blocks, given in the order of rows, of heads x query blocks x key blocks = `shape`.
 
-    `is_partial` is None if no block is. `row_and_column_by_key` lists the blocks in the order of key
-    blocks; without it, they are sorted here.
+    `is_partial` is None if no block is partial. `row_and_column_by_key` lists the blocks in the
+    order of key blocks; without it, they are sorted here.
     """
     heads, Qb, Kb = shape
     by_query = index_rows(row, column, shape, is_partial, sub_blocks, mask_id, late_rows_first=True)
@@ -629,7 +633,7 @@ def merge_into_tiles(tensors, shape, b):
 def merge_mask_bits(block_bits, tile_mask, place, tile_masks, factor):
     """Element masks of blocks, uint8 [n, b, b / 8] -> of tiles, uint8 [tile_masks, T, T / 8].
 
-    `tile_mask` [n] and `place` [n] say where each goes; a block without an element mask is all ones.
+    `tile_mask` [n] and `place` [n] say where each goes. All other blocks are filled with ones.
     """
     b = block_bits.shape[1]
     shape = (tile_masks, factor * factor, b, b // 8)
@@ -671,8 +675,8 @@ def is_capturing(x):
 def remember_per_layout(function):
     """Keep the last two results of function(layout tensors, *numbers) as long as the layout lives.
 
-    On a GPU, only results of calls with keep=True are kept: inside an operator, memory may belong to a
-    CUDA graph, which takes it back.
+    On a GPU, only results of calls with keep=True are kept: inside an operator, memory may belong
+    to a CUDA graph, which takes it back.
     """
     results_of_layout = WeakTensorKeyDictionary()
 
@@ -700,9 +704,7 @@ class Chunk(NamedTuple):
 
     rows: slice  # R rows of the group
     blocks: Tensor  # [R n], numbers of the other side's blocks: of k for rows of q, and vice versa
-    hidden: (
-        Tensor | None
-    )  # bool [R, b, t b], pairs to mask in the last t blocks of each row; or None
+    hidden: Tensor | None  # bool [R, b, t b], pairs to mask in the last t blocks of each row
 
 
 class LiveBlocks(NamedTuple):
@@ -776,7 +778,7 @@ def group_rows(layout, sizes, q_shape, k_shape, kv_lens, causal, by_key, threads
     if causal or kv_lens is not None:
         live = drop_hidden_blocks(live, b, Sq, Sk, causal)
 
-    # Sort rows by number of blocks, then by number of cut blocks; in a row, whole blocks come first.
+    # Sort rows by number of blocks, then by number of cut blocks. A row has its whole blocks first.
     q_number = live.head * Qb + live.query_block
     key_head = live.head // H * K + live.head % H // (H // K)
     k_number = key_head * Kb + live.key_block
@@ -918,7 +920,10 @@ def gather(x, rows, out):
 
 
 def fill_last(x, dim, mask, value=0):
-    """Fill the last mask.shape[dim] elements of x along `dim` where `mask` is true; None fills nothing."""
+    """Fill x where `mask` is true, if it is not None.
+
+    Along `dim`, `mask` may be shorter than x: it applies to the last elements.
+    """
     if mask is not None:
         size = mask.shape[dim]
         x.narrow(dim, x.shape[dim] - size, size).masked_fill_(mask, value)
@@ -1095,8 +1100,8 @@ def torch_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, c
 def backward_statistics(out, lse, do, dlse, b, dtype):
     """delta (5) and -lse in units of log 2, both [B H blocks, 1, b].
 
-    A query that attends to nothing has delta 0 whatever its gradients hold, and -lse = -inf, so that
-    exp2 of the sum is 0.
+    A query that attends to nothing has delta 0 whatever its gradients hold, and -lse = -inf, which
+    makes its p 0.
     """
     is_empty = lse == -math.inf
     delta = torch.linalg.vecdot(do.to(dtype), out.to(dtype))  # needs no memory for the products
@@ -1120,7 +1125,7 @@ def clear_unused(q_tile, k_tile, v_tile, do_tile, hidden):
 
 
 def differentiable_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
-    """(1) to (3) out of place, so that autograd can differentiate twice; all scores stay in memory."""
+    """(1) to (3) for autograd to differentiate twice: out of place, all scores stay in memory."""
     b = sizes.block
     D = q.shape[3]
     dtype = accumulation_dtype(q)
@@ -1228,11 +1233,12 @@ def load_rows(
     d = tl.arange(0, D_PADDED)[None, :]
     pointer = x + first.to(tl.int64) * stride + n * stride + d
     if MASKED:  # masked in the load: a tl.where after it breaks the compiler of Triton 3.9
-        return tl.load(pointer, mask=wanted[:, None] & (d < D), other=0.0)
+        rows = tl.load(pointer, mask=wanted[:, None] & (d < D), other=0.0)
     elif D < D_PADDED:
-        return tl.load(pointer, mask=d < D, other=0.0)
+        rows = tl.load(pointer, mask=d < D, other=0.0)
     else:
-        return tl.load(pointer)
+        rows = tl.load(pointer)
+    return rows
 
 
 @jit
@@ -1252,7 +1258,7 @@ def head_start(x, batch, head):
 
 @jit
 def program_place(tiles, size, N: tl.constexpr, C: tl.constexpr, BY_KEY: tl.constexpr):
-    """The work of this program: batch, head, row of tiles, and the first of its N queries or keys."""
+    """The work of a program: batch, head, row of tiles, and the first of its N queries or keys."""
     G = size.G if BY_KEY else 1
     S = size.Sk if BY_KEY else size.Sq
     heads = size.H // G
@@ -1278,7 +1284,7 @@ def end_of_keys(tiles, size, batch, C: tl.constexpr):
 
 @jit
 def count_columns_before(column, first, last, stop, T: tl.constexpr):
-    """How many of the tiles `first` to `last` of a row begin before `stop`; their columns ascend."""
+    """How many of the tiles `first` to `last` of a row begin before `stop`. Columns ascend."""
     low = first
     high = last
     while low < high:
@@ -1291,13 +1297,7 @@ def count_columns_before(column, first, last, stop, T: tl.constexpr):
 
 @jit
 def row_steps(
-    tiles,
-    row,
-    stop,
-    T: tl.constexpr,
-    N: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_LENS: tl.constexpr,
+    tiles, row, stop, T: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, HAS_LENS: tl.constexpr
 ):
     """The tiles of a row that need a mask if MASKED, else those that do not, in steps of N.
 
@@ -1337,18 +1337,12 @@ def step_place(step, span, tiles, T: tl.constexpr, N: tl.constexpr, MASKED: tl.c
 
 @jit
 def load_element_mask(
-    mask_words,
-    mask_id,
-    query,
-    first_key,
-    T: tl.constexpr,
-    N: tl.constexpr,
-    BY_KEY: tl.constexpr,
+    mask_words, mask_id, query, first_key, T: tl.constexpr, N: tl.constexpr, BY_KEY: tl.constexpr
 ):
     """The element mask, 0 or 1, of queries [M] and N keys: [M, N], or [N, M] if BY_KEY.
 
-    A load covers 32 keys. With a load for each score, the compiler would keep the mask, and compute the
-    softmax, in two layouts, with eleven times the work.
+    A load covers 32 keys. With a load for each score, the compiler would keep the mask, and compute
+    the softmax, in two layouts, with eleven times the work.
     """
     M: tl.constexpr = query.shape[0]
     W: tl.constexpr = min(N, 32)
@@ -1358,11 +1352,12 @@ def load_element_mask(
     if BY_KEY:
         word = tl.load(row[None, :] + key[:, None] // 32) >> (key[:, None] % 32)
         word = tl.where(mask_id < 0, -1, word)
-        return tl.reshape(word[:, None, :] >> bit[None, :, None], [N, M]) & 1
+        mask = tl.reshape(word[:, None, :] >> bit[None, :, None], [N, M]) & 1
     else:
         word = tl.load(row[:, None] + key[None, :] // 32) >> (key[None, :] % 32)
         word = tl.where(mask_id < 0, -1, word)
-        return tl.reshape(word[:, :, None] >> bit[None, None, :], [M, N]) & 1
+        mask = tl.reshape(word[:, :, None] >> bit[None, None, :], [M, N]) & 1
+    return mask
 
 
 @jit
@@ -1402,16 +1397,7 @@ def live_pairs(
 
 @jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    tiles,
-    size,
-    C: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    q, k, v, out, lse, tiles, size, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
     """Online softmax of M queries of one head over their tiles. `row_max` is in units of log 2."""
     D: tl.constexpr = C.D
@@ -1429,7 +1415,7 @@ def forward_kernel(
     row_max = tl.full([M], float("-inf"), C.ACC_DTYPE)
     for MASKED in tl.static_range(2):  # whole tiles first, then those that need a mask
         span, steps = row_steps(tiles, row, stop, C.T, N, MASKED, C.HAS_LENS)
-        for step in range(0, steps):
+        for step in range(steps):
             tile, start = step_place(step, span, tiles, C.T, N, MASKED)
             live = live_pairs(query, start, tile, stop, tiles, size, N, C, MASKED, False)
             # A weight of 0 times the NaN of an unseen key is NaN, so unseen keys are not loaded.
@@ -1482,14 +1468,17 @@ def delta_kernel(
     do_head = head_start(do, batch_head // H, batch_head % H)
     out_tile = load_rows(out_head, first, query < Sq, D, M, D, D_PADDED, True)
     do_tile = load_rows(do_head, first, query < Sq, do.row, M, D, D_PADDED, True)
-    dlse_tile = tl.load(dlse + row + query, mask=query < Sq, other=0.0)
-    value = tl.sum(out_tile.to(ACC_DTYPE) * do_tile.to(ACC_DTYPE), 1) - dlse_tile
-    tl.store(delta + row + query, value, mask=query < Sq)
+    product_sum = tl.sum(out_tile.to(ACC_DTYPE) * do_tile.to(ACC_DTYPE), 1)
+    dlse_tile = tl.load(dlse + (row + query), mask=query < Sq, other=0.0)
+    tl.store(delta + (row + query), product_sum - dlse_tile, mask=query < Sq)
 
 
 @jit
 def load_statistics(lse, delta, query, Sq, MASKED: tl.constexpr):
-    """lse in units of log 2, and delta. Beyond the last query they are inf, which makes p 0, and 0."""
+    """lse in units of log 2, and delta.
+
+    Beyond the last query, lse is inf, which makes p 0, and delta is 0.
+    """
     if MASKED:
         lse_tile = tl.load(lse + query, mask=query < Sq, other=float("inf"))
         delta_tile = tl.load(delta + query, mask=query < Sq, other=0.0)
@@ -1501,18 +1490,7 @@ def load_statistics(lse, delta, query, Sq, MASKED: tl.constexpr):
 
 @jit
 def dq_kernel(
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    dq,
-    tiles,
-    size,
-    C: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    q, k, v, do, lse, delta, dq, tiles, size, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
     """dq of M queries of one head, over the same tiles as the forward kernel."""
     D: tl.constexpr = C.D
@@ -1531,7 +1509,7 @@ def dq_kernel(
     dq_tile = tl.zeros([M, D_PADDED], C.ACC_DTYPE)
     for MASKED in tl.static_range(2):
         span, steps = row_steps(tiles, row, stop, C.T, N, MASKED, C.HAS_LENS)
-        for step in range(0, steps):
+        for step in range(steps):
             tile, start = step_place(step, span, tiles, C.T, N, MASKED)
             live = live_pairs(query, start, tile, stop, tiles, size, N, C, MASKED, False)
             seen = tl.max(live.to(tl.int32), 0) > 0
@@ -1579,7 +1557,7 @@ def dkdv_kernel(
     v_tile = load_rows(v_head, first, key < stop, v.row, N, D, D_PADDED, True)
     dk_tile = tl.zeros([N, D_PADDED], C.ACC_DTYPE)
     dv_tile = tl.zeros([N, D_PADDED], C.ACC_DTYPE)
-    for g in range(0, size.G):
+    for g in range(size.G):
         q_head_number = head * size.G + g
         q_head = head_start(q, batch, q_head_number)
         do_head = head_start(do, batch, q_head_number)
@@ -1589,7 +1567,7 @@ def dkdv_kernel(
             span, steps = row_steps(tiles, layout_row, stop, C.T, M, MASKED, False)
             if C.HAS_LENS:
                 steps = tl.where(first < stop, steps, 0)
-            for step in range(0, steps):
+            for step in range(steps):
                 tile, start = step_place(step, span, tiles, C.T, M, MASKED)
                 query = start + tl.arange(0, M)
                 sees = query < size.Sq
@@ -1628,10 +1606,11 @@ def tile_ranges(layout, T, Sq, Sk, causal):
     shift = Sk - Sq
     first_query = torch.arange(query_tiles, device=layout.mask_bits.device) * T
     first_key = torch.arange(key_tiles, device=layout.mask_bits.device) * T
-    # A query tile sees the key tiles before `whole_end` whole, and nothing of those from `seen_end` on.
+    # For a query tile, key tiles before `whole_end` need no mask, those from `seen_end` are hidden.
     whole_end = torch.full_like(first_query, Sk // T)
     seen_end = torch.full_like(first_query, key_tiles)
-    # A key tile is hidden from the query tiles before `seen_start`, and whole from `whole_start` on.
+    # For a key tile, query tiles before `seen_start` see nothing, those from `whole_start` need no
+    # mask.
     seen_start = torch.zeros_like(first_key)
     whole_start = torch.where(first_key + T > Sk, query_tiles, 0)
     if causal:
@@ -1649,10 +1628,10 @@ def tile_ranges(layout, T, Sq, Sk, causal):
 def row_ranges(index, columns, low, high, by_key):
     """Where the tiles of each row lie in the index: int32 [R, 6], three pairs of first and end.
 
-    The pairs are the tiles that need no mask, the whole tiles that the diagonal or the end of the keys
-    cuts, and the partial tiles. Tiles that causal=True hides are in none of them. `low` and `high` bound
-    the cut columns of each row: by query, those before `low` need no mask and those from `high` on are
-    hidden; by key, those from `high` on need no mask and those before `low` are hidden.
+    The pairs are the tiles that need no mask, the whole tiles that the diagonal or the end of the
+    keys cuts, and the partial tiles. Tiles that causal=True hides are in none of them. `low` and
+    `high` bound the cut columns of each row. By query, the columns before `low` need no mask and
+    those from `high` on are hidden; by key, it is the other way round.
     """
     row_first = index.row_start[:-1:2]
     row_partial = index.row_start[1::2]
@@ -1711,7 +1690,8 @@ IEEE = {
     512: Launch(32, 32, 2, 8),
     1024: Launch(16, 16, 1, 8),
 }
-WORKING_LAUNCHES = {}  # the Launch that each kernel was found to fit with, by its constants and device
+# The Launch that each kernel was found to fit with, by its constants and device.
+WORKING_LAUNCHES = {}
 
 
 def first_launch(table, q, C):
@@ -1734,7 +1714,7 @@ def first_launch(table, q, C):
 
 
 def smaller_launch(launch):
-    """The next Launch to try if this one does not fit: fewer stages, then smaller tiles; or None."""
+    """The next Launch to try: fewer stages, then smaller tiles. None if there is none."""
     if launch.stages > 1:
         return launch._replace(stages=launch.stages - 1)
     if max(launch.M, launch.N) <= 16:
@@ -1846,7 +1826,7 @@ def kernel_tiles(layout, sizes, Sq, Sk, kv_lens, causal):
     return both
 
 
-def strided(x):
+def as_strided_rows(x):
     """x as a kernel argument; copied unless the last stride is 1 and rows are less than 2^24 apart.
 
     Offsets inside a tile are int32.
@@ -1875,7 +1855,7 @@ def triton_forward(q, k, v, layout, sizes, kv_lens, scale, causal):
     def grid(options):
         return (tile_rows * (T // options["M"]),)
 
-    args = (strided(q), strided(k), strided(v), out, lse, by_query, size)
+    args = (as_strided_rows(q), as_strided_rows(k), as_strided_rows(v), out, lse, by_query, size)
     launch_kernel(forward_kernel, FORWARD, grid, q, *args, C=C)
     return out, lse
 
@@ -1896,8 +1876,8 @@ def triton_backward(q, k, v, out, lse, do, dlse, layout, sizes, kv_lens, scale, 
     by_query, by_key = kernel_tiles(layout, sizes, Sq, Sk, kv_lens, causal)
     size = kernel_sizes(q, k, sizes, scale)
     C = kernel_constants(q, layout, sizes, kv_lens, scale, causal)
-    strided_do = strided(do)
-    inputs = (strided(q), strided(k), strided(v), strided_do, lse, delta)
+    strided_do = as_strided_rows(do)
+    inputs = (as_strided_rows(q), as_strided_rows(k), as_strided_rows(v), strided_do, lse, delta)
     delta_options = {
         "D": C.D,
         "D_PADDED": C.D_PADDED,
@@ -1950,7 +1930,7 @@ def forward_op(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse. `layout` is a flat LayoutTensors, of blocks or of tiles; `sizes` a LayoutSizes."""
+    """Output and lse. `layout` is a LayoutTensors as a flat list; `sizes` is a LayoutSizes."""
     forward = torch_forward if backend == "torch" else triton_forward
     tensors = unflatten_layout(layout)
     with settings(q):
@@ -2019,8 +1999,8 @@ def differentiate_forward(ctx, do, dlse):
 def differentiate_backward(ctx, *gradients):
     """Gradients of the inputs of `backward_op`, by autograd over `differentiable_forward`.
 
-    dq, dk and dv are functions of q, k, v, do and dlse. If the result is to be differentiated again, it
-    stays in the graph.
+    dq, dk and dv are functions of q, k, v, do and dlse. If the result is to be differentiated
+    again, it stays in the graph.
     """
     saved = ctx.saved_tensors
     kv_lens = saved[5]
@@ -2077,7 +2057,7 @@ def causal(sq, sk, block_size, device=None):
 
 
 def sliding_window(sq, sk, block_size, window, device=None):
-    """The last `window` keys up to the query's own (Mistral: Jiang et al. 2023, arXiv 2310.06825)."""
+    """The last `window` keys up to the query's own (Mistral: Jiang et al. 2023, 2310.06825)."""
     i, j = block_grid(sq, sk, block_size, device)
     b = block_size
     shift = sk - sq
@@ -2106,9 +2086,10 @@ def strided(sq, sk, block_size, stride, heads=1, device=None):
 
 
 def fixed(sq, sk, block_size, stride, summary=1, heads=1, device=None):
-    """The query's own segment of `stride` blocks and `summary` blocks of each before (Child et al. 2019).
+    """The query's own segment of `stride` blocks, and a summary of each segment before.
 
-    Head h takes the h-th last `summary` blocks of a segment, cyclically. For calls with causal=True.
+    A summary has `summary` blocks. Head 0 takes the last ones of a segment, head 1 those before
+    them, and so on, cyclically (Child et al. 2019, arXiv 1904.10509). For calls with causal=True.
     """
     require_at_least(1, stride=stride, summary=summary, heads=heads)
     i, j = block_grid(sq, sk, block_size, device)
@@ -2152,7 +2133,10 @@ def longformer(sq, sk, block_size, window, globals=1, device=None):
 
 
 def block_diagonal(lengths, block_size, device=None):
-    """Packed documents of given lengths that do not see each other (Krell et al. 2021, 2107.02027)."""
+    """Packed documents of given lengths that do not see each other.
+
+    Krell et al. 2021, arXiv 2107.02027.
+    """
     require_at_least(0, **{f"lengths[{n}]": length for n, length in enumerate(lengths)})
     b = block_size
     lengths = torch.tensor(lengths, device=device, dtype=torch.long)
@@ -2183,9 +2167,9 @@ def random(sq, sk, block_size, density, heads=1, seed=0, device=None):
 
 
 def prefix_lm(sq, sk, block_size, prefix, device=None):
-    """All keys of the prefix, and keys up to the query's own (Raffel et al. 2020, arXiv 1910.10683).
+    """All keys of the prefix, and keys up to the query's own.
 
-    openai/blocksparse calls it autoregress_at_key.
+    Raffel et al. 2020, arXiv 1910.10683. openai/blocksparse has it as autoregress_at_key.
     """
     i, j = block_grid(sq, sk, block_size, device)
     b = block_size
@@ -2373,9 +2357,12 @@ def run_self_checks(device):
 
 
 # ==== Benchmark ===================================================================================
+DtypeName = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+
+
 @dataclass
 class Args:
-    """Check block-sparse attention against dense attention, then time it over layouts and densities."""
+    """Check block-sparse attention against dense attention, then time it over layouts."""
 
     batch: int = 1  # batch size; 4 suits a large GPU
     heads: int = 8  # query heads
@@ -2385,9 +2372,7 @@ class Args:
     block: Literal[8, 16, 32, 64, 128] = 64  # block size
     densities: tuple[float, ...] = (0.05, 0.125, 0.25, 0.5, 0.9)  # densities of the random layouts
     zoo: bool = True  # time the known patterns as well
-    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = (
-        "auto"  # data type; auto is bfloat16 on CUDA, else float32
-    )
+    dtype: DtypeName = "auto"  # data type; auto is bfloat16 on CUDA, else float32
     device: str = "auto"  # cpu, cuda or cuda:N; auto is cuda if available
     backend: Literal["auto", "torch", "triton"] = "auto"  # auto is triton on CUDA where it can run
     backward: bool = True  # time forward with backward as well
@@ -2628,8 +2613,8 @@ class Benchmark:
 def best_seconds(contenders, repeats, device):
     """The least time of each function, all of them in turn.
 
-    Each timed call follows an untimed call of the same function, so that the caches and the heap are not
-    those that another contender left behind.
+    Each timed call follows an untimed call of the same function, so that the caches and the heap
+    are not those that another contender left behind.
     """
     synchronize = getattr(torch, device.type).synchronize  # torch.cpu has one that does nothing
     calls = 10 if device.type == "cuda" else 1  # queued, so that a GPU does not wait for Python
@@ -2677,8 +2662,8 @@ def compiled_flex_attention():
 def flex_mask(layout, seq, is_causal):
     """The layout as FlexAttention's BlockMask.
 
-    Whole blocks are listed apart from those that the diagonal or an element mask cuts: FlexAttention
-    computes no mask in them.
+    Whole blocks are listed apart from those that the diagonal or an element mask cuts, because
+    FlexAttention computes no mask in them.
     """
     from torch.nn.attention.flex_attention import BlockMask
 

@@ -213,11 +213,11 @@ def rounding_bounds(inputs, live, scale):
 
     A weight is exp2(s log2 e - lse log2 e). An exponent of magnitude |s| that is wrong by u |s|
     makes the weight wrong by the factor 1 + u |s|. Base 2 changes nothing, because log2 e and ln 2
-    cancel. The score takes D products and sums in the forward pass and D in the backward pass;
-    scale, log2 e, maximum, log2, ln 2 and differences take 10 more. That makes 2 D + 10 roundings
-    of |s|, which is at most the sum of |scale q k| over D. For D = 16 and logits of 120, weights
-    are wrong by at most 1.4e-4. The other bounds follow from the equations by the rules for
-    products and sums.
+    cancel. The D sums of a score are rounded in the forward pass and again in the backward pass;
+    the products together, scale, log2 e, maximum, log2, ln 2 and differences take 10 more. That
+    makes 2 D + 10 roundings of |s|, which is at most the sum of |scale q k| over D. For D = 16
+    and logits of 120 in float32, weights are wrong by a factor of at most 1 + 1.4e-4. The other
+    bounds follow from the equations by the rules for products and sums.
     """
     dtype = inputs.q.dtype
     q, k, v, do, dlse = inputs.to(torch.float64)
@@ -454,7 +454,7 @@ def test_one_query_alone_that_leaves_the_range_of_exp(row, backend):
 @pytest.mark.parametrize("logit", [-1000, 1000])
 @pytest.mark.parametrize("with_lens", [False, True])
 def test_padding_with_a_logit_of_0_is_masked_among_large_logits(logit, with_lens, backend):
-    """Keys beyond the end or kv_lens have a score of 0 before the mask, and exp(0 + 1000) is inf."""
+    """Keys beyond the end or kv_lens score 0 before the mask, and exp(0 + 1000) is inf."""
     layout = bs.dense(100, 150, 32, device=DEVICE)
     kv_lens = torch.tensor([20, 70]).to(DEVICE) if with_lens else None
     inputs = random_inputs(2, 1, 1, 100, 150, 16)
@@ -1457,8 +1457,8 @@ def test_kernels_compile_without_a_gpu(capability, dtype, dim, block, precision,
     lines = [line.split() for line in done.stdout.splitlines()]
     exponentials = {name: int(count) for name, _, count in lines}
     assert list(exponentials) == ["forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"]
-    # Both compute equally many scores per thread. More exponentials in the forward kernel would mean
-    # that the softmax is computed twice, in two layouts.
+    # Both compute equally many scores per thread. More exponentials in the forward kernel would
+    # mean that the softmax is computed twice, in two layouts.
     assert exponentials["forward_kernel"] <= exponentials["dkdv_kernel"] + 8
 
 

@@ -1,31 +1,28 @@
-"""scripts/export.py: alone, in a process that knows nothing of the run, both files act as its policy does."""
+"""scripts/export.py: in a process that knows nothing of the run, both files act as its policy."""
 
 import shutil
 import subprocess
 import sys
 
+import common
+import export
 import numpy as np
-import probes  # noqa: F401
+import probes  # noqa: F401  (registers environments)
 import pytest
 import torch
 import tyro
-from conftest import ALGOS, ROOT, command, load
+from algos import ALGOS
+from common import load_algo
+from conftest import PATHS, ROOT, command
 
-export = load(ROOT / "scripts" / "export.py")
+# Each algorithm with the flags of its record. One more case covers discrete actions of a file that
+# has both kinds.
+CASES = {path.stem: (path, ALGOS[path.stem].export_flags) for path in PATHS}
+CASES["ppo-discrete"] = (ROOT / "algos" / "ppo.py", ("--env-id", "CartPole-v1"))
+FAST_CASES = ("ppo", "sac")
+SLOW_CASES = tuple(name for name in CASES if name not in FAST_CASES)
 
-# Every algorithm, both kinds of actions, a box that is not [-1, 1], and what may stand between two layers.
-WIDE, CARTPOLE = ("--env-id", "probe/Wide-v0"), ("--env-id", "CartPole-v1")
-CASES = {
-    "ddpg": ("--activation", "elu"),
-    "dqn": ("--dueling",),
-    "ppo": WIDE,
-    "ppo-discrete": CARTPOLE,
-    "sac": (*WIDE, "--hidden", 64, 64),  # of a size that might be put into a file of its own
-    "td3": ("--activation", "silu"),
-    "trpo": (),
-    "vpg": ("--activation", "elu"),
-}
-# What the docstring of export.py says, with a batch of 1, of 7 and of all.
+# The use that the docstring of export.py shows, with batches of 1, 7 and the rest.
 READER = """
 import sys
 import numpy as np, onnxruntime, torch
@@ -34,165 +31,248 @@ for folder in sys.argv[1:]:
     obs = np.load(f"{folder}/obs.npy")
     program = torch.export.load(f"{folder}/policy.pt2").module()
     session = onnxruntime.InferenceSession(f"{folder}/policy.onnx")
-    for name, policy in {
-        "pt2": lambda obs: program(torch.from_numpy(obs)).numpy(),
-        "onnx": lambda obs: session.run(["action"], {"obs": obs})[0],
-    }.items():
-        np.save(f"{folder}/{name}.npy", np.concatenate([policy(part) for part in (obs[:1], obs[1:8], obs[8:])]))
+    pt2_actions = []
+    onnx_actions = []
+    for batch in (obs[:1], obs[1:8], obs[8:]):
+        pt2_actions.append(program(torch.from_numpy(batch)).numpy())
+        (action,) = session.run(["action"], {"obs": batch})
+        onnx_actions.append(action)
+    np.save(f"{folder}/pt2.npy", np.concatenate(pt2_actions))
+    np.save(f"{folder}/onnx.npy", np.concatenate(onnx_actions))
 """
 
 
-def train(name, run_dir):
-    """A small run; from it, the module of its algorithm and what policy.pt holds."""
-    (path,) = [path for path in ALGOS if path.stem == name.split("-")[0]]
-    algo = load(path)
-    algo.train(tyro.cli(algo.Args, args=command(path, *CASES[name], "--eval-every", 0, "--run-dir", run_dir)[2:]))
+def train(case, run_dir):
+    """Train for a few steps; returns the module of the algorithm and the content of policy.pt."""
+    path, flags = CASES[case]
+    algo = load_algo(path)
+    _, _, *flags = command(path, *flags, "--eval-every", 0, "--run-dir", run_dir)
+    algo.train(tyro.cli(algo.Args, args=flags))
     return algo, torch.load(run_dir / "policy.pt", weights_only=True)
+
+
+def run_script(*flags):
+    """Run export.py as a user does."""
+    line = [sys.executable, ROOT / "scripts" / "export.py", *flags]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def sac_run(tmp_path_factory):
+    """The folder of a run of SAC."""
     folder = tmp_path_factory.mktemp("export") / "run"
     train("sac", folder)
     return folder
 
 
-def prepare(name, folder):
-    """Export a small run into `folder`, with observations, a tenth of them extreme; returns its box and its actions."""
-    algo, saved = train(name, folder / "run")
-    actor, o, mean, std = saved["actor"], saved["init"]["obs_dim"], 0.0, 1.0
-    if "normalize.mean" in actor:  # far from 0 and 1; and actions on both sides of a bound
-        mean, std = actor["normalize.mean"], actor["normalize.std"]
-        mean.copy_(torch.linspace(-50, 1000, o))
-        std.copy_(torch.linspace(0.01, 500, o))
-        actor["net.4.weight"] *= 20
-        actor["net.4.bias"] += 0.8
+def export_case(case, folder):
+    """Train and export into `folder`, and save observations, a tenth of them extreme.
+
+    Returns the spaces of the run and the policy's actions for the observations.
+    """
+    algo, saved = train(case, folder / "run")
+    spaces = algo.Spaces(*saved["spaces"])
+    mean = 0.0
+    std = 1.0
+    if "normalize.mean" in saved["actor"]:
+        # Make the normaliser matter, and actions large enough for both bounds to matter.
+        mean = saved["actor"]["normalize.mean"]
+        std = saved["actor"]["normalize.std"]
+        mean.copy_(torch.linspace(-50, 1000, spaces.obs_dim))
+        std.copy_(torch.linspace(0.01, 500, spaces.obs_dim))
+        saved["actor"]["net.4.weight"] *= 20
+        saved["actor"]["net.4.bias"] += 0.8
         torch.save(saved, folder / "run" / "policy.pt")
-    obs = torch.randn(1000, o, generator=torch.Generator().manual_seed(0))
+    obs = torch.randn(1000, spaces.obs_dim, generator=torch.Generator().manual_seed(0))
     obs[::10] *= 1e6
     obs = (mean + std * obs).numpy()
     np.save(folder / "obs.npy", obs)
-    export.main(export.Args(folder / "run", output_dir=folder))
-    return (saved["init"].get("low"), saved["init"].get("high")), algo.load_policy(folder / "run")(obs)
+    export.export(export.Args(folder / "run", output_dir=folder))
+    return spaces, algo.load_policy(folder / "run")(obs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "names",
-    [("ppo", "sac"), [name for name in CASES if name not in ("ppo", "sac")]],
-)
-def test_both_files_act_as_the_policy_does(names, tmp_path):
-    """Deterministic, normalised, in the box or discrete, for any batch."""
-    expected = {name: prepare(name, tmp_path / name) for name in names}
+@pytest.mark.parametrize("cases", [FAST_CASES, SLOW_CASES], ids=["ppo-sac", "others"])
+def test_both_files_act_as_the_policy_does(cases, tmp_path):
+    """The actions are equal to rounding, have the same type, and use and respect the bounds."""
+    expected = {case: export_case(case, tmp_path / case) for case in cases}
     subprocess.run([sys.executable, "-c", READER, *expected], cwd=tmp_path, check=True, timeout=120)
-    for name, ((low, high), want) in expected.items():
+    for case, (spaces, actions) in expected.items():
         for kind in ("pt2", "onnx"):
-            got = np.load(tmp_path / name / f"{kind}.npy")
-            assert (got.dtype, got.shape) == (want.dtype, want.shape), name
-            assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), name
-            if low:
-                assert low <= got.min(0).tolist() and got.max(0).tolist() <= high and np.isin(got, (low, high)).any(), (
-                    name
-                )
+            exported = np.load(tmp_path / case / f"{kind}.npy")
+            assert (exported.dtype, exported.shape) == (actions.dtype, actions.shape), case
+            assert np.abs(exported - actions).max() <= 1e-5 * np.abs(actions).max(), case
+            if spaces.low is None:
+                assert exported.dtype == np.int64, case
+                assert len(set(exported.tolist())) > 1, case
             else:
-                assert got.dtype == np.int64 and len(set(got.tolist())) > 1, name
+                assert (exported >= spaces.low).all(), case
+                assert (exported <= spaces.high).all(), case
+                assert np.isin(exported, (spaces.low, spaces.high)).any(), case
 
 
 @pytest.mark.slow
-def test_the_command(sac_run):
-    """Two lines, no noise; beside the run, and nothing else is left there."""
+def test_the_command_prints_two_lines_and_leaves_two_files(sac_run):
     before = {path.name for path in sac_run.iterdir()}
-    typed = [sys.executable, ROOT / "scripts" / "export.py", sac_run]
-    done = subprocess.run(typed, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_script(sac_run)
+    assert done.returncode == 0
+    assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [str(sac_run / name) for name in ("policy.pt2", "policy.onnx")]
-    assert all(" bytes, within " in line and line.endswith(" on 1000 observations") for line in lines)
-    assert {path.name for path in sac_run.iterdir()} == before | {"policy.pt2", "policy.onnx"}
-    for name in ("policy.pt2", "policy.onnx"):
+    names = ("policy.pt2", "policy.onnx")
+    assert [line.split(": ")[0] for line in lines] == [str(sac_run / name) for name in names]
+    assert all(" bytes, within " in line for line in lines)
+    assert all(line.endswith(" on 1000 observations") for line in lines)
+    assert {path.name for path in sac_run.iterdir()} == before | set(names)
+    for name in names:
         assert str(ROOT).encode() not in (sac_run / name).read_bytes()
 
 
-ANOTHER = """
-import functools, torch
+# An algorithm with a policy that acts differently while it is exported.
+INCONSISTENT_ALGO = """
+from typing import NamedTuple
+import torch
+
+class Args:
+    pass
+
+class Spaces(NamedTuple):
+    obs_dim: int
+    act_dim: int
+    low: list
+    high: list
 
 class Actor(torch.nn.Module):
-    init = {"obs_dim": 2}
     def act(self, obs, deterministic=True):
-        return (torch.as_tensor(obs) + torch.compiler.is_compiling()).numpy()
+        action = torch.as_tensor(obs)
+        if torch.compiler.is_compiling():
+            action = action + 1
+        return action.numpy()
+
+class Agent:
+    def __init__(self, args, spaces):
+        self.actor = Actor()
 
 def load_policy(run_dir, deterministic=True):
-    return functools.partial(Actor().act)
+    return Actor().act
 """
 
 
-def test_what_differs_is_not_kept(tmp_path, monkeypatch):
-    """A policy that does one thing here and another while it is exported."""
-    monkeypatch.setattr(sys.modules["watch"], "ALGOS", tmp_path)
-    (tmp_path / "another.py").write_text(ANOTHER)
+def test_a_file_that_differs_from_the_policy_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ALGOS", tmp_path)
+    (tmp_path / "inconsistent.py").write_text(INCONSISTENT_ALGO)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.json").write_text('{"algo": "another", "args": {"env_id": "A-v0"}}')
-    (run_dir / "policy.pt").touch()
-    with pytest.raises(SystemExit, match="^error: policy.pt2 differs from the policy by .*, more than 1e-05: it was"):
-        export.main(export.Args(run_dir))
+    (run_dir / "config.json").write_text('{"algo": "inconsistent", "args": {"env_id": "A-v0"}}')
+    torch.save({"args": {}, "spaces": [2, 2, None, None], "actor": {}}, run_dir / "policy.pt")
+    with pytest.raises(ValueError, match="^policy.pt2 differs from the policy by .*1e-05: neither"):
+        export.export(export.Args(run_dir))
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.json", "policy.pt"]
 
 
-def test_how_far_actions_are_apart():
-    """In units of the largest action and of the observation above 1; near the policy alone or in a batch will do."""
-    obs, size = np.ones((4, 2), np.float32), np.array([0.1, 1, 1, 10])
+def test_the_difference_is_relative_to_the_largest_action_and_to_the_observation():
+    obs = np.ones((4, 2), np.float32)
+    size = np.array([0.1, 1, 1, 10])
 
-    def apart(policy, *errors):  # of the exported one, in a batch
-        return export.difference(policy, lambda obs: policy(obs) + wrong(obs, errors), obs, size)
+    def difference(policy, *errors):
+        """The difference that is found if `errors` are added to the exported actions of a batch."""
 
-    def wrong(obs, errors):
-        return np.float32(errors)[:, None] if len(obs) == 4 else 0
+        def exported(obs):
+            if len(obs) == 1:
+                return policy(obs)
+            return policy(obs) + np.float32(errors)[:, None]
 
-    def one(obs):
+        return export.largest_difference(policy, exported, obs, size)
+
+    def policy(obs):
         return obs[:, :1]
 
-    assert apart(one, 3e-4, 0, 0, 0) == pytest.approx(3e-4, 1e-3)
-    assert apart(one, 0, 0, 0, 3e-4) == pytest.approx(3e-5, 1e-2)
-    assert apart(lambda obs: 4 * one(obs), 3e-4, 0, 0, 0) == pytest.approx(3e-4 / 4, 1e-2)
-    assert apart(lambda obs: 0.1 * one(obs), 3e-4, 0, 0, 0) == pytest.approx(3e-4, 1e-2)
-    assert apart(lambda obs: one(obs) + (len(obs) == 1), 1, 1, 1, 1) == 0
-    assert not apart(one, 0, 0, np.nan, 0) <= export.TOLERANCE
+    def four_times(obs):
+        return 4 * policy(obs)
+
+    def a_tenth(obs):
+        return 0.1 * policy(obs)
+
+    assert difference(policy, 3e-4, 0, 0, 0) == pytest.approx(3e-4, 1e-3)
+    assert difference(policy, 0, 0, 0, 3e-4) == pytest.approx(3e-5, 1e-2)
+    assert difference(four_times, 3e-4, 0, 0, 0) == pytest.approx(3e-4 / 4, 1e-2)
+    assert difference(a_tenth, 3e-4, 0, 0, 0) == pytest.approx(3e-4, 1e-2)
+    assert not difference(policy, 0, 0, np.nan, 0) <= export.TOLERANCE
+
+
+def test_an_action_may_be_close_to_that_of_the_observation_alone_or_in_a_batch():
+    obs = np.ones((4, 2), np.float32)
+
+    def policy(obs):
+        action = obs[:, :1]
+        return action + 1 if len(obs) == 1 else action
+
+    def always_as_alone(obs):
+        return obs[:, :1] + 1
+
+    assert export.largest_difference(policy, always_as_alone, obs, np.ones(4)) == 0
 
 
 def test_observations_are_in_units_of_the_normaliser():
-    ppo = load(ROOT / "algos" / "ppo.py")
-    actor = ppo.Actor(3, 2, None, None, (4,), "tanh", norm_obs=True)
-    plain, size = export.observations(actor, 1000)
+    ppo = load_algo("ppo")
+    spaces = ppo.Spaces(3, 2, [-1.0, -1.0], [1.0, 1.0])
+    actor = ppo.Actor(ppo.Args(hidden=(4,), norm_obs=True), spaces)
+    plain, size = export.random_observations(actor.state_dict(), 3, 1000)
     actor.normalize.mean.copy_(torch.tensor([1.0, 50.0, -1000.0]))
     actor.normalize.std.copy_(torch.tensor([0.01, 1.0, 100.0]))
-    obs, _ = export.observations(actor, 1000)
-    assert (plain.shape, plain.dtype, size.min() >= 0.1, size.max() <= 10) == ((1000, 3), np.float32, True, True)
+    obs, _ = export.random_observations(actor.state_dict(), 3, 1000)
+    assert plain.shape == (1000, 3)
+    assert plain.dtype == np.float32
+    assert size.min() >= 0.1
+    assert size.max() <= 10
     np.testing.assert_allclose((obs - [1, 50, -1000]) / [0.01, 1, 100], plain, atol=1e-3)
     assert np.std(plain / size[:, None]) == pytest.approx(1, abs=0.05)
 
 
-def test_bad_input(sac_run, tmp_path, monkeypatch):
-    def error(match, run_dir):
-        with pytest.raises(SystemExit, match=match):
-            export.main(export.Args(run_dir))
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        ([-2.0, 0.0], [2.0, 1.0]),
+        ([-np.inf, 0.5, -np.inf], [np.inf, np.inf, -0.25]),  # dimensions without two finite bounds
+        ([-3e38, 0.1], [3e38, 0.7]),  # high - low overflows in float32
+    ],
+)
+def test_actions_are_scaled_to_the_box_as_by_the_algorithm(low, high):
+    half_widths = np.random.default_rng(0).normal(size=(100, len(low))).astype(np.float32)
+    scale = load_algo("sac").action_scaler(np.float32(low), np.float32(high))
+    exported = export.ActionScaler(low, high)(torch.from_numpy(half_widths)).numpy()
+    np.testing.assert_array_equal(exported, scale(half_widths))
 
-    error("^error: .*nonesuch is no run: give the folder", tmp_path / "nonesuch")
+
+def test_bad_input_raises_a_value_error(sac_run, tmp_path, monkeypatch):
+    def check(match, run_dir):
+        with pytest.raises(ValueError, match=match):
+            export.export(export.Args(run_dir))
+
+    check("nonesuch is not a run: give a folder with a config.json", tmp_path / "nonesuch")
     shutil.copytree(sac_run, tmp_path / "run")
     (tmp_path / "run" / "policy.pt").write_bytes(b"torn")
-    error("^error: .*sac.py cannot read .*policy.pt: ", tmp_path / "run")
+    check("sac.py cannot read .*policy.pt", tmp_path / "run")
     (tmp_path / "run" / "policy.pt").unlink()
-    error("^error: .*run has no policy.pt yet", tmp_path / "run")
+    check("run has no policy.pt yet", tmp_path / "run")
     (tmp_path / "run" / "policy.pt").touch()
-    (tmp_path / "run" / "config.json").write_text('{"algo": "nonesuch", "args": {"env_id": "A-v0"}}')
-    error("^error: .*put nonesuch.py there$", tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as where it is not installed
-    error("^error: ONNX needs onnxscript: pip install onnxscript$", sac_run)
+    config = '{"algo": "nonesuch", "args": {"env_id": "A-v0"}}'
+    (tmp_path / "run" / "config.json").write_text(config)
+    check("made by nonesuch, so put nonesuch.py into ", tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    check("^ONNX needs missing packages: pip install onnxscript$", sac_run)
 
 
 def test_an_output_dir_that_is_a_file(sac_run, tmp_path):
     (tmp_path / "file").touch()
-    typed = [sys.executable, ROOT / "scripts" / "export.py", sac_run, "--output-dir", tmp_path / "file"]
-    done = subprocess.run(typed, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: ")
+    done = run_script(sac_run, "--output-dir", tmp_path / "file")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_is_no_run_is_one_line_on_stderr(tmp_path):
+    done = run_script(tmp_path / "nonesuch")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
