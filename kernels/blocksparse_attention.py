@@ -397,15 +397,11 @@ class BlockIndex(NamedTuple):
     index of tiles, those with dead sub-blocks.
     """
 
-    row_start: (
-        Tensor  # [2 R + 1]; row r: whole blocks from [2 r], partial from [2 r + 1] to [2 r + 2]
-    )
-    column: Tensor  # [E]; ascending among the whole blocks and among the partial blocks of a row
-    sort_key: Tensor  # [E], (row, is partial, column) in one number; [0] if no block is partial
-    sub_blocks: (
-        Tensor  # [E], bits that say which sub-blocks of a tile are live; [0] if none are dead
-    )
-    mask_id: Tensor  # [E], index into mask_bits, or -1; [0] if there are no element masks
+    row_start: Tensor  # [2 R + 1]; row r: [2 r] its first block, [2 r + 1] its first partial one
+    column: Tensor  # [E]; ascending among the whole and among the partial blocks of a row
+    sort_key: Tensor  # [E], (row, is partial, column) in one number; empty if no block is partial
+    sub_blocks: Tensor  # [E], bits that say which sub-blocks of a tile are live; empty for blocks
+    mask_id: Tensor  # [E], index into mask_bits, or -1; empty if there are no element masks
     row_order: Tensor  # [heads, rows], the rows of each head, longest first
 
 
@@ -542,9 +538,8 @@ def index_rows(row, column, shape, is_partial, sub_blocks, mask_id, late_rows_fi
     if is_partial is None:
         starts = torch.arange(heads * rows + 1, device=row.device)
         starts = torch.searchsorted(row.contiguous(), starts)
-        row_start = starts.repeat_interleave(2)[
-            1:
-        ]  # no partial blocks: they start where the row ends
+        # Without partial blocks, the partial part of a row starts where the row ends.
+        row_start = starts.repeat_interleave(2)[1:]
         sort_key = row.new_empty(0)
     else:
         sort_key, order = ((row * 2 + is_partial) * columns + column).sort()
@@ -2404,13 +2399,7 @@ class Timing(NamedTuple):
 
 def check_flags(args):
     """Check the flags, set threads and seed; return device and dtype."""
-    if args.device == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        device = torch.device(args.device)
-    needs_cuda = device.type == "cuda"
-    if device.type not in ("cpu", "cuda") or (needs_cuda and not torch.cuda.is_available()):
-        raise ValueError(f"--device {args.device}: it must be cpu, or cuda where there is one")
+    device = choose_device(args.device)
     if args.dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     else:
@@ -2440,6 +2429,16 @@ def check_flags(args):
     torch.set_num_threads(threads)
     torch.manual_seed(args.seed)
     return device, dtype
+
+
+def choose_device(name):
+    """The device that --device names; raise ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if name.split(":")[0] not in allowed:
+        raise ValueError(f"--device {name}: it must be cpu, or cuda where there is one")
+    return torch.device(name)
 
 
 def number_of_key_heads(args):

@@ -5,8 +5,9 @@
 
 Both files compute what load_policy of the run's algorithm returns: deterministic actions in the
 units of the environment, from raw observations. They contain the normalisation of observations and
-the bounds of actions, and need nothing from this repository. Input is float32 [B, O]. Output is float32 [B, A], or int64 [B] if actions
-are discrete. B is any batch size, and the device is the CPU. To use them:
+the bounds of actions, and need nothing from this repository. Input is float32 [B, O]. Output is
+float32 [B, A], or int64 [B] if actions are discrete. B is any batch size, and the device is the
+CPU. To use them:
 
     policy = torch.export.load("policy.pt2").module()
     action = policy(torch.from_numpy(obs)).numpy()

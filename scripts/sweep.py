@@ -1,35 +1,42 @@
-"""Run a grid of algorithms, environments, seeds and flags on Ray: on this machine, or on a cluster.
+"""Run a grid of algorithms, environments, seeds and flags on Ray: on this machine or on a cluster.
 
-    python scripts/sweep.py --algos ppo sac --envs Hopper-v4 HalfCheetah-v4 --seeds 0 1 2 --set ppo.clip-coef 0.1 0.2
-    python scripts/sweep.py --algos sac td3 --set hidden "64 64" "256 256" --set sac.autotune True False --seeds 0 1 2
-    python scripts/sweep.py --file grid.toml --dry-run                  the commands, and nothing is started
-    python scripts/sweep.py --file grid.toml --ray-address auto         on the cluster that this machine belongs to
+    python scripts/sweep.py --algos ppo sac --envs Hopper-v4 HalfCheetah-v4 --seeds 0 1 2 \\
+        --set ppo.clip-coef 0.1 0.2
+    python scripts/sweep.py --algos sac td3 --seeds 0 1 2 \\
+        --set hidden "64 64" "256 256" --set sac.autotune True False
+    python scripts/sweep.py --file grid.toml --dry-run            print the commands, start nothing
+    python scripts/sweep.py --file grid.toml --ray-address auto   use the cluster of this machine
 
-Every combination is a run. --set takes a flag of the algorithms and its values, and with ALGO. in front it is for that
-algorithm alone, in place of what is said for all. A value of several numbers, or none, is quoted. A file, TOML or YAML,
-says the same, and may say it several times over:
+Every combination is a run. --set takes a flag and the values to try. ALGO.FLAG sets a flag of one
+algorithm and overrides what is set for all. Put a value of several numbers, or of none, in quotes.
+A TOML or YAML file holds one grid, or a list of them:
 
     [[grid]]                                       grid:
     algos = ["ppo", "trpo"]                        - algos: [ppo, trpo]
     envs = ["Hopper-v4", "Walker2d-v4"]              envs: [Hopper-v4, Walker2d-v4]
     seeds = [1, 2, 3]                                seeds: [1, 2, 3]
-    set = { total-timesteps = 1000000, "ppo.hidden" = [[64, 64], [256, 256]] }        # set: {total-timesteps: ...
+    set.total-timesteps = 1000000                    set:
+    set."ppo.hidden" = [[64, 64], [256, 256]]          total-timesteps: 1000000
+                                                       ppo.hidden: [[64, 64], [256, 256]]
 
-A run is the plain command of its file, with --threads 1 if nothing else is --set, in a folder named after the
-environment, the algorithm, the flags that vary and the seed; what it prints goes to log.txt there. One whose
-result.json has all its steps is done. The same command again skips these and resumes the others, so it is also the way
-to go on after the driver died, or to add seeds.
+A run is the plain command of its file, with --threads 1 unless --set has another number. Its folder
+is named after the environment, the algorithm, the flags that vary and the seed. Its output goes to
+log.txt in that folder. A run is done when its result.json has all its steps. Starting the same
+sweep again skips what is done and resumes the rest, so this also continues a sweep after its driver
+died, and adds seeds.
 
-A run whose process is killed, or whose machine is lost, is resumed on another one, and ends as if nothing had happened.
-One that fails by itself is shown with its last lines, and the others go on. No two processes ever write to one folder:
-each run holds sweep.lock in it, for as long as any process of it lives. On a cluster --run-dir, the repository and its
-Python have the same path on every machine. There --run-dir is on storage that honours flock between machines, as NFS
-does and blobfuse does not.
+If the process of a run is killed or its machine is lost, the run is resumed, on another machine if
+need be, with the result of an undisturbed run. If a run fails by itself, its last lines are shown
+and the other runs continue.
+
+No two processes write to one folder: each run locks sweep.lock in it for as long as any of its
+processes lives. On a cluster, --run-dir, the repository and its Python must have the same path on
+every machine, and --run-dir must be on storage with locks that all machines see. NFS has them,
+blobfuse does not.
 """
 
 import contextlib
 import difflib
-import importlib.util
 import itertools
 import json
 import os
@@ -49,365 +56,588 @@ import gymnasium as gym
 import ray
 import tyro
 import yaml
+from common import ALGOS, load_algo
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-ALGOS = {path.stem: path for path in sorted((Path(__file__).resolve().parent.parent / "algos").glob("*.py"))}
-OURS = {"env_id": "--envs", "seed": "--seeds", "run_dir": "--run-dir", "resume": "nothing: it is always on"}
-SHOWN = 30  # runs in the live table, those under way first
+PATHS = {path.stem: path for path in sorted(ALGOS.glob("*.py"))}
+GRID_KEYS = {"algos", "envs", "seeds", "set"}
+# Flags that --set refuses, and what to use instead.
+RESERVED = {
+    "env_id": "use --envs",
+    "seed": "use --seeds",
+    "run_dir": "use --run-dir",
+    "resume": "leave it out, because every run resumes",
+}
+TABLE_ROWS = 30  # rows of the live table
+STATES = ("running", "failed", "waiting", "done")  # in the order of the live table
 
 
 @dataclass
 class Args:
     """Run a grid of algorithms, environments, seeds and flags on Ray."""
 
-    algos: tuple[str, ...] = ()  # names of files in algos/
-    envs: tuple[str, ...] = ()  # gymnasium ids; none is what each algorithm has by default
-    seeds: tuple[int, ...] = (1,)  # of the runs
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # FLAG or ALGO.FLAG, then the values to try
-    file: Path | None = None  # a .toml, .yaml or .yml file with such grids, in place of the four above
-    run_dir: Path = Path("runs")  # where the folders of the runs go
-    cpus: float = 1  # CPUs that Ray sets aside for a run
-    gpus: float = 0  # GPUs, or the part of one
-    retries: int = 5  # how many times a run is resumed after its process or machine was lost
-    ray_address: str | None = None  # a cluster's, or auto; None starts Ray on this machine
-    dry_run: bool = False  # print the commands
+    algos: tuple[str, ...] = ()  # names of files in algos/, without .py
+    envs: tuple[str, ...] = ()  # gymnasium ids; default: that of each algorithm
+    seeds: tuple[int, ...] = (1,)  # one run for each seed
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # FLAG or ALGO.FLAG, values
+    file: Path | None = None  # .toml, .yaml or .yml file of grids, instead of the four flags above
+    run_dir: Path = Path("runs")  # parent of the run folders
+    cpus: float = 1  # CPUs that Ray reserves for a run
+    gpus: float = 0  # GPUs, or the fraction of one, that Ray reserves for a run
+    retries: int = 5  # how often a run is resumed after its process or machine was lost
+    ray_address: str | None = None  # address of a cluster, or auto; default: Ray on this machine
+    dry_run: bool = False  # print the commands and start nothing
 
 
-class Run(NamedTuple):
-    """One run of the grid."""
+class Grid(NamedTuple):
+    """A grid: every combination of its values is a job."""
+
+    algos: list
+    envs: list  # empty for the default of each algorithm
+    seeds: list
+    settings: list  # (FLAG or ALGO.FLAG, the values to try as typed) for every --set
+
+
+class Job(NamedTuple):
+    """One run of one file of algos/."""
 
     folder: Path
-    argv: tuple  # the flags, as typed
-    total: int  # steps
+    flags: tuple  # as typed on a command line
+    total: int  # environment steps
     path: Path  # of the algorithm
 
     def command(self):
-        """The command line that begins the run, or resumes it."""
-        return [sys.executable, str(self.path), *self.argv, "--run-dir", str(self.folder), "--resume"]
+        """The command line that starts or resumes the run."""
+        line = [sys.executable, str(self.path), *self.flags]
+        return [*line, "--run-dir", str(self.folder), "--resume"]
 
-    def done(self):
-        """Whether it got to its end."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((self.folder / "result.json").read_bytes())["step"] >= self.total
-        return False
-
-
-# ---- the grid --------------------------------------------------------------------------------------------------------
-def nearest(name, names, what):
-    """The name, if it is one of them; else the end, with the one that is most like it."""
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1, 0)
-        sys.exit(f"error: there is no {what} {name}: did you mean {close[0]}?")
-    return name
+    def is_done(self):
+        """Whether the run has all its steps."""
+        try:
+            result = json.loads((self.folder / "result.json").read_bytes())
+            return result["step"] >= self.total
+        except (OSError, ValueError, KeyError):
+            return False
 
 
-def load(algo):
-    """A file of algos/ as a module."""
-    if algo not in sys.modules:
-        spec = importlib.util.spec_from_file_location(algo, ALGOS[algo])
-        sys.modules[algo] = importlib.util.module_from_spec(spec)  # a dataclass looks for its module there
-        spec.loader.exec_module(sys.modules[algo])
-    return sys.modules[algo]
-
-
-def texts(values):
-    """The values of a flag, as a file has them -> as they are typed: [[64, 64], True] -> ["64 64", "True"]."""
-    values = values if isinstance(values, list) else [values]
-    return [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
+# ---- Grids ---------------------------------------------------------------------------------------
 
 
 def read_grids(args):
-    """The grids that are asked for: dicts with algos, envs, seeds and set, which is [(flag, values as texts)]."""
-    if not args.file:
-        return [{"algos": args.algos, "envs": args.envs, "seeds": args.seeds, "set": [(s[0], s[1:]) for s in args.set]}]
-    if (args.algos, args.envs, args.seeds, args.set) != ((), (), (1,), ()):
-        sys.exit(f"error: {args.file} says what to run: leave out --algos, --envs, --seeds and --set")
+    """The grids that the flags or --file describe. Raises ValueError if there are none."""
+    if args.file is None:
+        if () in args.set:
+            raise ValueError("--set needs a flag and the values to try")
+        settings = [(words[0], list(words[1:])) for words in args.set]
+        return [Grid(list(args.algos), list(args.envs), list(args.seeds), settings)]
+    if args.algos or args.envs or args.set or args.seeds != Args.seeds:
+        raise ValueError(
+            f"--file {args.file} says what to run: leave out --algos, --envs, --seeds and --set"
+        )
+    content = read_content(args.file)
+    tables = [content]
+    if isinstance(content, dict) and "grid" in content:
+        others = content.keys() - {"grid"}
+        if others:
+            raise ValueError(
+                f"--file {args.file} has {', '.join(sorted(others))} beside grid: "
+                "move that into each grid"
+            )
+        tables = content["grid"]
+    if not isinstance(tables, list):
+        raise not_a_grid(args.file, f"grid is {tables!r}, not a list")
+    return [read_grid(args.file, table) for table in tables]
+
+
+def read_content(path):
+    """What a TOML or YAML file holds."""
     try:
-        text = args.file.read_text()
-        content = tomllib.loads(text) if args.file.suffix == ".toml" else yaml.safe_load(text)
-        if "grid" in content and (beside := content.keys() - {"grid"}):
-            sys.exit(f"error: {args.file} has {', '.join(sorted(beside))} beside grid: say it inside of each grid")
-        grids = [{"envs": [], "seeds": 1, "set": {}} | grid for grid in content.get("grid", [content])]
-        for grid in grids:
-            if unknown := grid.keys() - {"algos", "envs", "seeds", "set"}:
-                sys.exit(f"error: {args.file} has {', '.join(sorted(unknown))}: a grid has algos, envs, seeds and set")
-            grid["set"] = [(flag, texts(values)) for flag, values in grid["set"].items()]
-            grid["algos"], grid["envs"] = texts(grid["algos"]), texts(grid["envs"])
-            grid["seeds"] = [int(seed) for seed in texts(grid["seeds"])]
-        return grids
+        text = path.read_text()
+        return tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise not_a_grid(path, " ".join(str(error).split())) from error
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"error: cannot read {args.file}: {error}")
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        sys.exit(f"error: {args.file} is no grid, which has algos and may have envs, seeds and set: {error!r}")
+        raise ValueError(f"cannot read --file {path}: {error}") from error
 
 
-def axes(algo, settings):
-    """What --set says for one algorithm: {flag as its field is named: values}."""
-    known, own, said = [dashed(field.name) for field in fields(load(algo).Args)], {}, set()
-    for flag, values in sorted(settings, key=lambda setting: "." in setting[0]):  # what is for one wins
-        whose, _, name = flag.rpartition(".")
-        if whose in ("", algo):
-            name = nearest(name.replace("_", "-"), known, f"flag of {algo}").replace("-", "_")
-            if name in OURS:
-                sys.exit(f"error: --set {flag} is not for you to set: take {OURS[name]}")
-            if not values:
-                sys.exit(f"error: --set {flag} needs the values to try")
-            if (whose, name) in said:
-                sys.exit(f"error: --set {flag} is given twice: give all its values at once")
-            said.add((whose, name))
-            own[name] = list(dict.fromkeys(values))
-    return own
-
-
-def dashed(name):
-    """A field of Args as its flag is called."""
-    return name.replace("_", "-")
-
-
-def safe(name):
-    """A name without what a folder's can't have everywhere."""
-    return re.sub(r"[^\w.=+-]+", "-", name)
-
-
-def typed(name, value):
-    """A flag and its value as they are typed: booleans have no value, some flags have many."""
-    if value.lower() in ("true", "false"):
-        return [f"--{'no-' * (value.lower() == 'false')}{dashed(name)}"]
+def read_grid(path, table):
+    """One grid of a file. Raises ValueError if it is none."""
+    if not isinstance(table, dict) or "algos" not in table:
+        raise not_a_grid(path, f"{table!r} has no algos")
+    unknown = {str(key) for key in table} - GRID_KEYS
+    if unknown:
+        raise ValueError(
+            f"--file {path} has {', '.join(sorted(unknown))}: a grid has algos, envs, seeds and set"
+        )
+    settings = table.get("set", {})
+    if not isinstance(settings, dict):
+        raise not_a_grid(path, f"set is {settings!r}, not a table of flags")
     try:
-        return [f"--{dashed(name)}", *shlex.split(value)]
+        seeds = [int(seed) for seed in as_typed(table.get("seeds", 1))]
     except ValueError as error:
-        sys.exit(f"error: --set {dashed(name)} {value}: {error}")
+        raise not_a_grid(path, f"seeds are {table['seeds']!r}, not whole numbers") from error
+    return Grid(
+        algos=as_typed(table["algos"]),
+        envs=as_typed(table.get("envs", [])),
+        seeds=seeds,
+        settings=[(str(flag), as_typed(values)) for flag, values in settings.items()],
+    )
+
+
+def not_a_grid(path, reason):
+    """The error for a file that holds no grid."""
+    return ValueError(
+        f"--file {path} is not a grid: it needs algos and may have envs, seeds and set ({reason})"
+    )
+
+
+def as_typed(values):
+    """The values in a file, as a user types them: [[64, 64], True] -> ["64 64", "True"]."""
+    if not isinstance(values, list):
+        values = [values]
+    typed = []
+    for value in values:
+        items = value if isinstance(value, list) else [value]
+        typed.append(" ".join(str(item) for item in items))
+    return typed
+
+
+# ---- Jobs ----------------------------------------------------------------------------------------
 
 
 def plan(args):
-    """Every run of the grids, each parsed by its own file. All seeds of a kind come late: first, one of each kind."""
-    runs = {}
+    """The jobs of all grids, checked. The first seed of everything comes before the second."""
+    jobs = {}
     for grid in read_grids(args):
-        if not grid["algos"]:
-            sys.exit(f"error: --algos is missing: take some of {' '.join(ALGOS)}")
-        algos = [nearest(algo, ALGOS, "algorithm") for algo in grid["algos"]]
-        for flag, _ in grid["set"]:
-            "." in flag and nearest(flag.rpartition(".")[0], algos, "algorithm in the grid named")
-        for seed, algo in itertools.product(grid["seeds"], algos):
-            module, own = load(algo), axes(algo, grid["set"])
-            envs = grid["envs"] or [module.Args().env_id]
-            steps = str(module.Args().total_timesteps)  # typed, since a run that is resumed has its own otherwise
-            for env_id, values in itertools.product(envs, itertools.product(*own.values())):
-                chosen = {"threads": "1", "total_timesteps": steps} | dict(zip(own, values))
-                named = [f"{dashed(name)}={chosen[name]}" for name in own if len(own[name]) > 1 and name != "exp_name"]
-                label = safe("__".join([chosen[name] for name in own if name == "exp_name"] + named))
-                chosen |= {"env_id": env_id, "seed": str(seed)} | ({"exp_name": label} if label else {})
-                argv = [part for item in chosen.items() for part in typed(*item)]
-                parsed = tyro.cli(module.Args, args=argv, prog=f"algos/{algo}.py")
-                name = "__".join(filter(None, (env_id, algo, label, str(seed))))
-                folder = Path(os.path.abspath(args.run_dir)) / safe(name)
-                run = Run(folder, tuple(argv), parsed.total_timesteps, ALGOS[algo])
-                if runs.setdefault(folder, run) != run:
-                    sys.exit(f"error: two runs would share {folder}: set exp-name in one of the grids")
-                check_env(algo, parsed.env_id)
-                check_folder(run, parsed)
-    return list(runs.values())
+        check_grid_names(grid)
+        for seed, algo in itertools.product(grid.seeds, grid.algos):
+            for env_id, flags in combinations(algo, grid):
+                job, parsed = make_job(algo, env_id, seed, flags, args.run_dir)
+                if jobs.setdefault(job.folder, job) != job:
+                    raise ValueError(
+                        f"two runs would share {job.folder}: add exp-name to set in one grid"
+                    )
+                check_env(algo, env_id)
+                check_folder(job, parsed, algo_module(algo).MAY_CHANGE)
+    return list(jobs.values())
+
+
+@cache
+def algo_module(name):
+    """A file of algos/ as a module, imported once."""
+    return load_algo(name)
+
+
+def check_grid_names(grid):
+    """Raise ValueError unless all names of algorithms in a grid exist."""
+    if not grid.algos:
+        raise ValueError(f"--algos is missing: use some of {' '.join(PATHS)}")
+    for algo in grid.algos:
+        check_name(algo, PATHS, "algorithm")
+    for flag, _ in grid.settings:
+        if "." in flag:
+            check_name(flag.rpartition(".")[0], grid.algos, "algorithm in the grid named")
+
+
+def check_name(name, known, kind):
+    """Raise ValueError with the most similar known name unless `name` is known."""
+    if name not in known:
+        similar = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise ValueError(f"there is no {kind} {name}: did you mean {similar}?")
+
+
+def combinations(algo, grid):
+    """Every environment with every combination of flags: (env_id, {field of Args: text})."""
+    choices = values_to_try(algo, grid.settings)
+    varied = [name for name, values in choices.items() if len(values) > 1 and name != "exp_name"]
+    for env_id in grid.envs or [algo_module(algo).Args().env_id]:
+        for values in itertools.product(*choices.values()):
+            flags = dict(zip(choices, values, strict=True))
+            label = [f"{flag_name(name)}={flags[name]}" for name in varied]
+            if "exp_name" in flags:
+                label.insert(0, flags["exp_name"])
+            if label:
+                flags["exp_name"] = safe_name("__".join(label))
+            yield env_id, flags
+
+
+def values_to_try(algo, settings):
+    """What --set says about one algorithm: {field of its Args: values}."""
+    known = [flag_name(field.name) for field in fields(algo_module(algo).Args)]
+    for_all = {}
+    for_this = {}
+    for flag, values in settings:
+        owner, _, name = flag.rpartition(".")
+        if owner not in ("", algo):
+            continue
+        check_name(flag_name(name), known, f"flag of {algo}")
+        name = name.replace("-", "_")
+        if name in RESERVED:
+            raise ValueError(f"--set cannot set {flag}: {RESERVED[name]}")
+        if not values:
+            raise ValueError(f"--set {flag} needs the values to try")
+        choices = for_this if owner else for_all
+        if name in choices:
+            raise ValueError(f"--set {flag} is given twice: give all its values at once")
+        choices[name] = list(dict.fromkeys(values))
+    return for_all | for_this
+
+
+def make_job(algo, env_id, seed, flags, run_dir):
+    """A job, and its flags as parsed by the algorithm."""
+    module = algo_module(algo)
+    # Without --total-timesteps on the command line, a resumed run would keep its own.
+    flags = {"threads": "1", "total_timesteps": str(module.Args().total_timesteps)} | flags
+    flags |= {"env_id": env_id, "seed": str(seed)}
+    words = []
+    for name, value in flags.items():
+        words += flag_words(name, value)
+    parsed = tyro.cli(module.Args, args=words, prog=f"algos/{algo}.py")
+
+    parts = [env_id, algo, flags.get("exp_name"), str(seed)]
+    folder_name = safe_name("__".join(part for part in parts if part))
+    folder = Path(os.path.abspath(run_dir)) / folder_name
+    return Job(folder, tuple(words), parsed.total_timesteps, PATHS[algo]), parsed
+
+
+def flag_name(field):
+    """The flag of a field of Args, without its leading dashes."""
+    return field.replace("_", "-")
+
+
+def flag_words(field, value):
+    """A flag and its value as words of a command line."""
+    flag = flag_name(field)
+    if value.lower() == "true":
+        return [f"--{flag}"]
+    if value.lower() == "false":
+        return [f"--no-{flag}"]
+    try:
+        return [f"--{flag}", *shlex.split(value)]
+    except ValueError as error:
+        raise ValueError(f"--set {flag} {value}: {error}") from error
+
+
+def safe_name(name):
+    """A name of a folder that every file system accepts."""
+    return re.sub(r"[^\w.=+-]+", "-", name)
 
 
 @cache
 def check_env(algo, env_id):
-    """Whether there is such an environment, of which an algorithm can observe something."""
+    """Raise ValueError unless the environment exists and has observations for the algorithm."""
+    module = algo_module(algo)
     try:
-        load(algo).make_env(load(algo).Args(env_id=env_id)).close()
-    except (gym.error.Error, ImportError) as error:
-        sys.exit(f"error: no environment {env_id}: {error}")
+        module.make_env(module.Args(env_id=env_id)).close()
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise ValueError(f"cannot make environment {env_id}: {error}") from error
 
 
-def check_folder(run, parsed):
-    """Whether what the folder holds already, if anything, is of the same run."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        saved = json.loads((run.folder / "config.json").read_bytes())["args"]
-        ours = json.loads(json.dumps(vars(parsed)))
-        names = [*ours][: [*ours].index("device")]  # what may not change
-        for name in names:
-            if name != "total_timesteps" and saved[name] != ours[name]:
-                here = f"--{dashed(name)} {saved[name]}, and not {ours[name]}"
-                sys.exit(f"error: {run.folder} holds a run with {here}: move it away, or take another --run-dir")
+def check_folder(job, parsed, may_change):
+    """Raise ValueError if the folder holds a run with other flags."""
+    try:
+        saved = json.loads((job.folder / "config.json").read_bytes())["args"]
+    except (OSError, ValueError, KeyError):
+        return  # no run, or one that the algorithm will report
+    flags = json.loads(json.dumps(vars(parsed)))  # lists for tuples, as in the file
+    for name, value in flags.items():
+        if name not in may_change and saved.get(name) != value:
+            raise ValueError(
+                f"{job.folder} holds a run with --{flag_name(name)} {saved.get(name)}, "
+                f"not {value}: move it away, or change --run-dir"
+            )
 
 
-# ---- on a machine of the cluster -------------------------------------------------------------------------------------
-def execute(run, cwd):
-    """Run one to its end, once nobody else does -> the exit status of its process, negative for a signal."""
-    import fcntl  # here, so that --dry-run and the messages work on any system
+# ---- On a machine of the cluster -----------------------------------------------------------------
 
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with open(run.folder / "sweep.lock", "w") as lock:
-        while True:  # what is left of a run whose worker was lost may live on for a while
+
+def execute(job, cwd):
+    """Run a job to its end; returns the exit status of its process, negative for a signal."""
+    import fcntl  # Unix only; imported late, so that --dry-run works on every system
+
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "sweep.lock", "w") as lock:
+        # A process of a worker that was lost may live on and hold the lock for a while.
+        while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.5)
-        if run.done():
+        if job.is_done():
             return 0
-        with open(run.folder / "log.txt", "ab", buffering=0) as log:
-            log.write(f"$ {shlex.join(run.command())}\n".encode())
-            # The process inherits the lock, which lasts until both of us are gone.
-            files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": [lock.fileno()]}
-            return subprocess.run(run.command(), cwd=cwd, **files).returncode
+        with open(job.folder / "log.txt", "ab", buffering=0) as log:
+            log.write(f"$ {shlex.join(job.command())}\n".encode())
+            # The process inherits the lock, so the lock lasts until it and this worker have ended.
+            return subprocess.run(
+                job.command(),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock.fileno()],
+            ).returncode
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------
-def tail(path, size=20_000):
-    """The last whole lines of a file, of at most so many bytes."""
+# ---- Progress ------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """How far a run is, by its last metrics."""
+
+    step: int
+    steps_per_second: float  # 0 if unknown
+    evaluation: float | None  # last eval/return
+
+
+def read_progress(folder):
+    """The progress of the run in a folder, as far as metrics.jsonl tells."""
+    last = {}
+    # Thousands of episodes may follow the last evaluation, so read enough of the file.
+    for line in reversed(last_lines(folder / "metrics.jsonl", 500_000)):
+        with contextlib.suppress(ValueError):  # the first and the last line may be incomplete
+            row = json.loads(line)
+            if isinstance(row, dict):
+                last = row | last
+        if "eval/return" in last:
+            break
+    step = last.get("step", 0)
+    wall = last.get("wall", 0)
+    return Progress(step, step / wall if wall else 0.0, last.get("eval/return"))
+
+
+def last_lines(path, size=20_000):
+    """The lines in the last `size` bytes of a file; none if there is no file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))
-            return file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+            text = file.read().decode(errors="replace")
     except OSError:
         return []
+    return text.replace("\r", "\n").splitlines()
 
 
-def progress(run):
-    """What metrics.jsonl says last: {"step", "wall", "eval/return"}, as far as there is any."""
-    last = {}
-    for line in reversed(tail(run.folder / "metrics.jsonl", 500_000)):  # episodes by the thousand may follow the last
-        with contextlib.suppress(ValueError):  # the first and the last line may be torn
-            last = json.loads(line) | last if line.startswith("{") else last
-        if "eval/return" in last:
-            break
-    return last
-
-
-def clock(seconds):
+def format_duration(seconds):
     """Seconds as h:mm:ss."""
     seconds = round(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def row(run, state):
-    """A row of the table, as texts."""
-    last = progress(run) if state != "waiting" else {}
-    step, wall = last.get("step", 0), last.get("wall", 0)
-    rate = step / wall if wall else 0
-    left = clock((run.total - step) / rate) if rate and state.startswith("running") else ""
-    returned = f"{last['eval/return']:.1f}" if "eval/return" in last else ""
-    return run.folder.name, state, f"{step:,} / {run.total:,}", f"{rate:.0f}" if rate else "", returned, left
+def table_row(job, state):
+    """The row of a job in the live table, as texts."""
+    progress = Progress(0, 0.0, None) if state == "waiting" else read_progress(job.folder)
+    speed = ""
+    time_left = ""
+    if progress.steps_per_second:
+        speed = f"{progress.steps_per_second:.0f}"
+        if state.startswith("running"):
+            seconds_left = (job.total - progress.step) / progress.steps_per_second
+            time_left = format_duration(seconds_left)
+    evaluation = "" if progress.evaluation is None else f"{progress.evaluation:.1f}"
+    steps = f"{progress.step:,} / {job.total:,}"
+    return job.folder.name, state, steps, speed, evaluation, time_left
 
 
-def picture(states, began):
-    """The live table: what is under way, then what failed, waits and is done, as far as there is room."""
-    order = {"running": 0, "failed": 1, "waiting": 2, "done": 3}
-    ranked = sorted(states, key=lambda run: order[states[run].split()[0]])
-    count = {name: sum(state.startswith(name) for state in states.values()) for name in order}
-    title = (
-        ", ".join(f"{number} {name}" for name, number in count.items() if number) + f", {clock(time.time() - began)}"
-    )
-    table = Table("run", "state", "step", "steps/s", "evaluation", "time left", title=title, title_justify="left")
-    for run in ranked[:SHOWN]:
-        table.add_row(*row(run, states[run]))
-    if len(ranked) > SHOWN:
-        table.caption = f"and {len(ranked) - SHOWN} more"
+def live_table(states, start_time):
+    """The live table of {job: state}: running jobs first, as many jobs as there is room for."""
+    jobs_in_state = {name: [] for name in STATES}
+    for job, state in states.items():
+        jobs_in_state[state.split()[0]].append(job)
+    counts = [f"{len(jobs)} {name}" for name, jobs in jobs_in_state.items() if jobs]
+    title = f"{', '.join(counts)}, {format_duration(time.time() - start_time)}"
+    columns = ("run", "state", "step", "steps/s", "evaluation", "time left")
+    table = Table(*columns, title=title, title_justify="left")
+    ranked = list(itertools.chain.from_iterable(jobs_in_state.values()))
+    for job in ranked[:TABLE_ROWS]:
+        table.add_row(*table_row(job, states[job]))
+    if len(ranked) > TABLE_ROWS:
+        table.caption = f"and {len(ranked) - TABLE_ROWS} more"
     return table
 
 
-def filesystem(path):
-    """The kind of file system that a path is on, as Linux names it."""
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    return max((len(place), kind) for place, kind in mounts if path.resolve().is_relative_to(place))[1]
+# ---- The driver ----------------------------------------------------------------------------------
 
 
 def connect(args):
-    """Start Ray on this machine, or join the cluster."""
-    if args.ray_address and (kind := filesystem(args.run_dir)).startswith("fuse"):
-        sys.exit(f"error: {args.run_dir} is on {kind}, whose locks other machines don't see: use NFS")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of 15, which would yield to whatever else runs here
+    """Start Ray on this machine or join a cluster. Raises ValueError if it cannot run the jobs."""
+    if args.ray_address:
+        check_locks(args.run_dir)
+    # Ray starts workers with niceness 15, so that they yield to everything else on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        ray.init(args.ray_address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(
+            args.ray_address or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        sys.exit(
-            f"error: cannot join Ray at {args.ray_address}: {reason}; if it wants a token, set RAY_AUTH_MODE=token"
+        raise ValueError(
+            f"cannot join Ray at --ray-address {args.ray_address} ({reason}): "
+            "start the cluster; if it wants a token, set RAY_AUTH_MODE=token"
+        ) from error
+    check_resource("CPU", "--cpus", args.cpus, args.ray_address)
+    check_resource("GPU", "--gpus", args.gpus, args.ray_address)
+
+
+def check_locks(run_dir):
+    """Raise ValueError if other machines do not see locks in the folder."""
+    kind = file_system(run_dir)
+    if kind.startswith("fuse"):
+        raise ValueError(
+            f"--run-dir {run_dir} is on {kind}, which hides locks from other machines: use NFS"
         )
-    for name, asked in (("CPU", args.cpus), ("GPU", args.gpus)):
-        most = max(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"])
-        if asked > most:
-            problem = f"a run asks for {asked:g} {name}s, and no machine has more than {most:g}"
-            if not args.ray_address:
-                sys.exit(f"error: {problem}: ask for less")
-            print(f"warning: {problem}: waiting for the cluster to start one that has", file=sys.stderr)
 
 
-def drive(args, runs):
-    """Run what is not done -> {run: state}."""
-    began, tries, tasks = time.time(), Counter(), {}
-    states = {run: "done" if run.done() else "waiting" for run in runs}
-    task = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)(execute)
-    console = Console()
-
-    def submit(run):
-        tries[run] += 1
-        tasks[task.remote(run, os.getcwd())] = run, time.time()
-
-    def tell(run, state, more=""):
-        """Note a state; without a terminal, on a line of its own."""
-        states[run] = state
-        done = sum(state == "done" for state in states.values())
-        not console.is_terminal and print(f"{done}/{len(runs)}  {run.folder.name}  {state}{more}", flush=True)
-
-    for run in runs:
-        states[run] == "waiting" and submit(run)
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        while tasks:
-            ready, _ = ray.wait(list(tasks), timeout=1)
-            for reference in ready:
-                run, _ = tasks.pop(reference)
-                try:
-                    status = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:  # the disk is full, or the file is not on that machine
-                    status = str(error.cause)
-                except ray.exceptions.RayError:  # the worker or its machine is gone
-                    status = "lost"
-                killed = status == "lost" or isinstance(status, int) and status < 0
-                if status == 0 and run.done():
-                    _, _, _, rate, returned, _ = row(run, "done")
-                    tell(run, "done", f"  evaluation {returned or '-'}  {rate} steps/s")
-                elif killed and tries[run] <= args.retries:
-                    submit(run)
-                    tell(run, f"waiting (lost, try {tries[run]})")
-                else:
-                    tell(run, f"failed ({status})")
-            for run, since in tasks.values():
-                log = run.folder / "log.txt"
-                if states[run].startswith("waiting") and log.exists() and log.stat().st_mtime > since:
-                    tell(run, states[run].replace("waiting", "running"))
-            if console.is_terminal:
-                live.update(picture(states, began), refresh=True)
-    console.is_terminal and console.print(picture(states, began))
-    return states
+def file_system(path):
+    """The kind of file system that holds a path, as Linux names it."""
+    deepest = ""
+    kind = ""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        words = line.split()
+        mount_point = words[1]
+        if path.resolve().is_relative_to(mount_point) and len(mount_point) >= len(deepest):
+            deepest = mount_point
+            kind = words[2]
+    return kind
 
 
-def main(args):
-    """Plan, run, and say what failed. Bad input raises SystemExit before anything starts, and so do failures after."""
-    runs = plan(args)
-    if args.dry_run:
-        for run in runs:
-            print(shlex.join(run.command()), "# done" * run.done())
+def check_resource(resource, flag, amount, ray_address):
+    """Raise ValueError if no machine has the amount that a run needs. A cluster may still grow."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max(machine.get(resource, 0) for machine in machines)
+    if amount <= most:
         return
-    todo = sum(not run.done() for run in runs)
-    print(f"{args.run_dir}: {len(runs)} in all, {len(runs) - todo} done", flush=True)
-    if not todo:
-        return
-    connect(args)
+    problem = f"{flag} {amount:g} is more than the {most:g} of any machine"
+    if not ray_address:
+        raise ValueError(f"{problem}: reduce it")
+    print(f"warning: {problem}: waiting for the cluster to start a larger one", file=sys.stderr)
+
+
+class Driver:
+    """Runs jobs as Ray tasks, resumes what was lost and shows the progress."""
+
+    def __init__(self, args, jobs):
+        self.retries = args.retries
+        self.jobs = jobs
+        self.start_time = time.time()
+        self.states = {job: "done" if job.is_done() else "waiting" for job in jobs}
+        self.tries = Counter()
+        self.tasks = {}  # Ray's reference -> (job, time of its submission)
+        self.console = Console()
+        # Ray retries a task at most 3 times by default; this class counts the tries itself.
+        remote = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
+        self.execute = remote(execute)
+
+    def run(self):
+        """Run every job that is not done; returns {job: state}."""
+        for job in self.jobs:
+            if self.states[job] == "waiting":
+                self.submit(job)
+        with Live(console=self.console, auto_refresh=False, transient=True) as live:
+            while self.tasks:
+                ended, _ = ray.wait(list(self.tasks), timeout=1)
+                for reference in ended:
+                    self.collect(reference)
+                self.find_started()
+                if self.console.is_terminal:
+                    live.update(live_table(self.states, self.start_time), refresh=True)
+        if self.console.is_terminal:
+            self.console.print(live_table(self.states, self.start_time))
+        return self.states
+
+    def submit(self, job):
+        """Hand a job to Ray, which starts it when a machine has room."""
+        self.tries[job] += 1
+        reference = self.execute.remote(job, os.getcwd())
+        self.tasks[reference] = (job, time.time())
+
+    def collect(self, reference):
+        """Note how a task ended; submit its job again if it was lost."""
+        job, _ = self.tasks.pop(reference)
+        status = task_status(reference)
+        was_lost = status == "lost" or (isinstance(status, int) and status < 0)
+        if status == 0 and job.is_done():
+            _, speed, evaluation = read_progress(job.folder)
+            text = "-" if evaluation is None else f"{evaluation:.1f}"
+            self.report(job, "done", f"  evaluation {text}  {speed:.0f} steps/s")
+        elif was_lost and self.tries[job] <= self.retries:
+            self.submit(job)
+            self.report(job, f"waiting (lost, try {self.tries[job]})")
+        else:
+            self.report(job, f"failed ({status})")
+
+    def find_started(self):
+        """Note which waiting jobs have started: those with a new line in their log."""
+        for job, submitted in self.tasks.values():
+            log = job.folder / "log.txt"
+            waiting = self.states[job].startswith("waiting")
+            if waiting and log.exists() and log.stat().st_mtime > submitted:
+                self.report(job, self.states[job].replace("waiting", "running"))
+
+    def report(self, job, state, details=""):
+        """Note a state. Without a terminal, there is no live table: print a line."""
+        self.states[job] = state
+        if not self.console.is_terminal:
+            done = sum(state == "done" for state in self.states.values())
+            print(f"{done}/{len(self.jobs)}  {job.folder.name}  {state}{details}", flush=True)
+
+
+def task_status(reference):
+    """The exit status of an ended task's process, "lost", or what went wrong in the worker."""
     try:
-        states = drive(args, runs)
-    except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on from the last checkpoints")
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        return str(error.cause)  # e.g. the disk is full, or the machine lacks the file
+    except ray.exceptions.RayError:
+        return "lost"  # the worker or its machine died
+
+
+def sweep(args):
+    """Run the grids; returns how many runs failed. Raises ValueError if input is bad."""
+    jobs = plan(args)
+    if args.dry_run:
+        for job in jobs:
+            print(shlex.join(job.command()), "# done" if job.is_done() else "")
+        return 0
+    done = sum(job.is_done() for job in jobs)
+    print(f"{args.run_dir}: {len(jobs)} in all, {done} done", flush=True)
+    if done == len(jobs):
+        return 0
+    try:
+        connect(args)
+        states = Driver(args, jobs).run()
     finally:
         ray.shutdown()
-    failed = [run for run, state in states.items() if state != "done"]
-    for run in failed:
-        print(f"\n{run.folder.name} {states[run]}:", *tail(run.folder / "log.txt")[-5:], sep="\n  ", file=sys.stderr)
+    failed = [job for job in jobs if states[job] != "done"]
+    for job in failed:
+        lines = last_lines(job.folder / "log.txt")[-5:]
+        print(f"\n{job.folder.name} {states[job]}:", *lines, sep="\n  ", file=sys.stderr)
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: see log.txt in their folders")
+        print(
+            f"error: {len(failed)} of {len(jobs)} runs failed: see log.txt in their folders",
+            file=sys.stderr,
+        )
+    return len(failed)
+
+
+def main():
+    """Sweep. Exit status 1: a run failed; 2: bad input; 130: Ctrl-C."""
+    args = tyro.cli(Args)
+    try:
+        failed = sweep(args)
+    except KeyboardInterrupt:
+        print("Interrupted. To continue, start the same sweep again.", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main()

@@ -32,6 +32,8 @@ FILTERS = {
     "[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1",
 }
 
+Render = Literal["auto", "window", "video", "none"]
+
 
 @dataclass
 class Args:
@@ -41,7 +43,7 @@ class Args:
     episodes: int = 5  # number of episodes
     sample: bool = False  # sample actions as in training, instead of acting deterministically
     max_steps: int = 0  # limit of an episode; 0: the environment's, or else 27,000
-    render: Literal["auto", "window", "video", "none"] = "auto"  # auto: a window if possible
+    render: Render = "auto"  # auto: a window if there is a display and no --output, else a video
     output: Path | None = None  # the video, .mp4 or .gif; default: RUN_DIR/videos/watch.mp4
     seed: int = 0  # seed of the episodes and of sampled actions
 
@@ -120,11 +122,11 @@ def make_env(env_id, render_mode):
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
     if not has_display():
-        # MuJoCo reads its variable when it is imported. Neither library detects a missing display.
+        # Neither MuJoCo nor pygame detects a missing display. MuJoCo reads its variable on import.
         has_egl = ctypes.util.find_library("EGL")
         os.environ.setdefault("MUJOCO_GL", "egl" if has_egl else "osmesa")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    # Make it without rendering first: a missing environment and failing graphics differ.
+    # Make it without rendering first, to tell a missing environment from failing graphics.
     try:
         env = gym.make(env_id)
     except (gym.error.Error, ImportError, RuntimeError) as error:

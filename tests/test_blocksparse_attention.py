@@ -37,9 +37,8 @@ FILE = ROOT / "kernels" / "blocksparse_attention.py"
 bs = load_algo(FILE)
 attention = bs.blocksparse_attention
 BlockLayout = bs.BlockLayout
-EXACT = (
-    torch.float32 if CUDA else torch.float64
-)  # the most precise dtype that the kernels take here
+# The most precise dtype that the kernels take here.
+EXACT = torch.float32 if CUDA else torch.float64
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 needs_float64_kernels = pytest.mark.skipif(CUDA, reason="only the interpreter takes float64")
 
@@ -1518,7 +1517,8 @@ def test_every_flag_is_explained():
         ("--batch 1000000000000000000000", "must be above 0 and below 2^31"),
         ("--densities 0.1 1.5", "--densities 1.5: they must be above 0 and at most 1"),
         ("--kv-heads 3", "--heads 8 must be a multiple of --kv-heads 3"),
-        ("--device mps", "it must be cpu, or cuda where there is one"),
+        ("--device mps", "--device mps: it must be cpu, or cuda where there is one"),
+        ("--device nonsense", "--device nonsense: it must be cpu, or cuda where there is one"),
         ("--output nowhere/x.png", "a .png in a writable folder"),
     ],
 )

@@ -1,6 +1,5 @@
-"""--compile, CUDA graphs and oneDNN: a faster update that learns what the plain one does, and resumes to the bit."""
+"""--compile, CUDA graphs and oneDNN: faster updates that compute the same as the plain one."""
 
-import importlib
 import shutil
 import subprocess
 from functools import partial
@@ -8,18 +7,28 @@ from functools import partial
 import pytest
 import torch
 import tyro
-from conftest import ALGOS, CONTINUOUS, command, every, load, rows, run
-from test_resume import same
+from common import load_algo
+from conftest import BOX_PATHS, PATHS, ROOT, command, every_file, rows, run
+from test_run_folder import same
+
+from algos import ALGOS
+
+SAC = ROOT / "algos" / "sac.py"
+IS_AMD = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+OBS_DIM = 3
+BATCH_SIZE = 32
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-AMD = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
-BOX = [-1.0, -0.5], [1.0, 0.5]
+
+
+def path_id(path):
+    return path.stem
 
 
 @pytest.fixture
 def in_float64():
-    """Rounding is then far below what a difference in the mathematics makes."""
+    """In float64, rounding is far below any difference in the mathematics."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -27,210 +36,281 @@ def in_float64():
 
 @pytest.fixture
 def matmul():
-    """How float32 is multiplied on a CPU, where tests may leave a setting."""
+    """The setting for float32 products on a CPU, restored afterwards."""
     yield torch.backends.mkldnn.matmul
     torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
-def agent_of(module, device, compiled=False):
-    """An agent with 3 observations and small networks."""
-    args, device = module.Args(hidden=(16, 16)), torch.device(device)
-    if compiled and module.ALGO == "sac":  # the compiler of torch 2.13 loses what is done in place to one float64
-        args.autotune = False
-    torch.manual_seed(0)
-    if module.ALGO in ("ppo", "trpo", "vpg"):
-        agent = module.Agent(args, 3, 2, *BOX, device)
+def make_agent(module, device="cpu", **flags):
+    """An agent with small networks; two actions, in a box if the algorithm supports one."""
+    flags = {"hidden": (16, 16)} | flags
+    if ALGOS[module.ALGO].actions == "discrete":
+        spaces = module.Spaces(OBS_DIM, 2, None, None)
     else:
-        agent = module.Agent(args, 3, *([2] if module.ALGO == "dqn" else BOX), device)
-    if module.ALGO in ("dqn", "ppo"):  # whose rate is a tensor, in which CUDA's Adam takes float32 alone
-        agent.optimizer.lr = agent.optimizer.lr.float()
+        spaces = module.Spaces(OBS_DIM, 2, [-1.0, -0.5], [1.0, 0.5])
+    torch.manual_seed(0)
+    agent = module.Agent(module.Args(**flags), spaces).to(device)
+    optimizer = getattr(agent, "optimizer", None)
+    if optimizer is not None and torch.is_tensor(optimizer.lr):
+        # CUDA's fused Adam takes a learning rate in float32 only.
+        optimizer.lr = optimizer.lr.float()
     return agent
 
 
-def updates(module, agent, wrap):
-    """The update of each gradient step, by its number."""
-    if module.ALGO == "td3":
-        delayed = [wrap(partial(agent.update, delayed=value)) for value in (False, True)]
-        return lambda i: delayed[i % 2]
-    update = wrap(agent.update)
-    return lambda i: update
+def make_batches(module, count, batch_size=BATCH_SIZE, device="cpu"):
+    """Random batches with the fields of the algorithm's family."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.rand(batch_size, *shape, generator=generator).to(device)
+
+    batches = []
+    for _ in range(count):
+        discrete = ALGOS[module.ALGO].actions == "discrete"
+        batch = {"obs": random(OBS_DIM), "action": random().round() if discrete else random(2)}
+        if ALGOS[module.ALGO].family == "replay":
+            names = ("reward", "terminated")
+            batch["next_obs"] = random(OBS_DIM)
+        else:
+            names = ("log_prob", "advantage", "target")
+        for name in names:
+            batch[name] = random()
+        batches.append(batch)
+    return batches
 
 
-def fifty_updates_are_the_plain_ones(module, wrap, device, compiled):
-    """Returns those wrapped."""
-    plain, wrapped = agent_of(module, device, compiled), agent_of(module, device, compiled)
-    ours, theirs = updates(module, plain, lambda update: update), updates(module, wrapped, wrap)
-    data = torch.rand(50, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1)).to(device)
-    data[..., 3] = data[..., 3].round()  # an action of DQN's
-    if module.ALGO == "vpg":  # whose policy steps first
-        [agent.improve(data[0]) for agent in (plain, wrapped)]
-    for i, batch in enumerate(data):
-        if i == 25 and module.ALGO == "ppo":  # whose learning rate falls
-            [agent.optimizer.lr.mul_(0.1) for agent in (plain, wrapped)]
+def wrapped_updates(agent, wrap):
+    """The functions of a batch that `train` accelerates, wrapped: one, or TD3's two."""
+    if ALGOS[agent_module(agent)].updates == 2:
+        return [wrap(partial(agent.update, delayed=delayed)) for delayed in (False, True)]
+    return [wrap(agent.update)]
+
+
+def agent_module(agent):
+    """The name of the file that an agent comes from."""
+    return type(agent).__module__
+
+
+def as_it_is(update):
+    return update
+
+
+def assert_fifty_updates_are_the_plain_ones(module, wrap, device, **flags):
+    """Fifty updates give the same metrics and weights -> the wrapped functions."""
+    plain = make_agent(module, device, **flags)
+    other = make_agent(module, device, **flags)
+    plain_updates = wrapped_updates(plain, as_it_is)
+    other_updates = wrapped_updates(other, wrap)
+    batches = make_batches(module, 50, device=device)
+    if module.ALGO == "vpg":  # the policy learns before the value function
+        plain.update_policy(batches[0])
+        other.update_policy(batches[0])
+    for i, batch in enumerate(batches):
+        if i == 25 and module.ALGO == "ppo":  # the learning rate falls during a run
+            plain.optimizer.lr.mul_(0.1)
+            other.optimizer.lr.mul_(0.1)
         torch.manual_seed(i)
-        metrics = ours(i)(batch)
+        expected = plain_updates[i % len(plain_updates)](batch)
         torch.manual_seed(i)
-        torch.testing.assert_close(theirs(i)(batch), metrics, rtol=1e-9, atol=1e-9)
+        metrics = other_updates[i % len(other_updates)](batch)
+        torch.testing.assert_close(metrics, expected, rtol=1e-9, atol=1e-9)
+    state = other.state_dict()
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(wrapped.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
-    return {theirs(0), theirs(1)}
+        torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    return other_updates
+
+
+def compile_flags(module):
+    """The compiler of torch 2.13 loses in-place changes of a float64 scalar, SAC's temperature."""
+    return {"autotune": False} if module.ALGO == "sac" else {}
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=path_id)
 def test_fifty_compiled_updates_are_the_plain_ones(path, in_float64):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    module = load(path)
-    compiled = fifty_updates_are_the_plain_ones(module, module.compiled, "cpu", True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(compiled)  # each in one piece, and once
+    module = load_algo(path)
+    updates = assert_fifty_updates_are_the_plain_ones(
+        module, module.compile_update, "cpu", **compile_flags(module)
+    )
+    # Every update is one graph, compiled once.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(updates)
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_update_learns_the_temperature(sac):
     torch._dynamo.reset()
-    plain, other = agent_of(sac, "cpu"), agent_of(sac, "cpu")
-    compiled = sac.compiled(other.update)
-    for i, batch in enumerate(torch.rand(5, 32, sum(plain.columns), generator=torch.Generator().manual_seed(1))):
-        for update in (plain.update, compiled):
-            torch.manual_seed(i)
-            update(batch)
+    plain = make_agent(sac)
+    other = make_agent(sac)
+    compiled = sac.compile_update(other.update)
+    for i, batch in enumerate(make_batches(sac, 5)):
+        torch.manual_seed(i)
+        plain.update(batch)
+        torch.manual_seed(i)
+        compiled(batch)
     assert plain.log_alpha.exp() < 0.2
+    state = other.state_dict()
     for name, value in plain.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value, msg=name)
+        torch.testing.assert_close(state[name], value, msg=name)
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_notebook_may_compile_one_network_after_another():
-    """More than the eight of one function that the compiler takes by default; and what else it compiles is as ever."""
+def test_a_notebook_can_compile_many_networks():
+    """The compiler's default limit is eight; its own table of decompositions stays as it was."""
+    from torch._inductor.decomposition import decompositions
+
     torch._dynamo.reset()
-    vpg = load(next(path for path in ALGOS if path.stem == "vpg"))
-    table = importlib.import_module("torch._inductor.decomposition").decompositions
-    before = dict(table)
+    vpg = load_algo("vpg")
+    before = dict(decompositions)
+    (batch,) = make_batches(vpg, 1)
     for width in range(8, 17):
-        agent = vpg.Agent(vpg.Args(hidden=(width,)), 3, 2, *BOX, torch.device("cpu"))
-        vpg.compiled(agent.update)(torch.rand(32, sum(agent.columns)))
-    assert table == before
+        agent = make_agent(vpg, hidden=(width,))
+        vpg.compile_update(agent.update)(batch)
+    assert decompositions == before
 
 
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=path_id)
 def test_fifty_captured_updates_are_the_plain_ones(path, compiled, in_float64):
     torch._dynamo.reset()
-    module = load(path)
+    module = load_algo(path)
 
     def wrap(update):
-        return module.CudaGraph(module.compiled(update) if compiled else update)
+        return module.CudaGraph(module.compile_update(update) if compiled else update)
 
-    captured = fifty_updates_are_the_plain_ones(module, wrap, "cuda", compiled)
-    assert all(hasattr(one, "metrics") for one in captured)
-
-
-class Branching:
-    """An agent whose update asks for a number."""
-
-    def update(self, batch):
-        return super().update(batch * (1.0 if batch.sum() > 0 else 2.0))
+    flags = compile_flags(module) if compiled else {}
+    updates = assert_fifty_updates_are_the_plain_ones(module, wrap, "cuda", **flags)
+    for update in updates:
+        assert hasattr(update, "metrics")
 
 
 @pytest.mark.parametrize(
-    "wrap, device, advice",
+    "wrap, device, remedy",
     [
-        ("compiled", "cpu", "leave out --compile"),
-        pytest.param("CudaGraph", "cuda", "add --no-cuda-graph", marks=[pytest.mark.gpu, needs_cuda]),
+        ("compile_update", "cpu", "leave out --compile"),
+        pytest.param(
+            "CudaGraph", "cuda", "add --no-cuda-graph", marks=[pytest.mark.gpu, needs_cuda]
+        ),
     ],
 )
-def test_an_update_that_asks_for_a_number_is_refused(sac, wrap, device, advice):
-    agent = type("Agent", (Branching, sac.Agent), {})(sac.Args(hidden=(16, 16)), 3, *BOX, torch.device(device))
-    update = getattr(sac, wrap)(agent.update)
-    with pytest.raises(SystemExit, match=f"(?s).+\nerror: the update cannot be .*: {advice}$"):
-        [update(torch.randn(8, 10, device=device)) for _ in range(4)]
+def test_an_update_that_branches_on_numbers_is_refused(sac, wrap, device, remedy):
+    agent = make_agent(sac, device)
+
+    def branching(batch):
+        if batch["reward"].sum() > 0:
+            return agent.update(batch)
+        return {}
+
+    update = getattr(sac, wrap)(branching)
+    with pytest.raises(ValueError, match=f"^the update cannot be .*: {remedy}\n.+"):
+        for batch in make_batches(sac, 4, device=device):
+            update(batch)
 
 
-@every
+@every_file
 def test_train_compiles_every_update(path, tmp_path, monkeypatch):
-    module, calls = load(path), []
+    module = load_algo(path)
+    calls = []  # of each update
 
     def counted(update):
+        number = len(calls)
         calls.append(0)
 
         def count(batch):
             calls[number] += 1
             return update(batch)
 
-        number = len(calls) - 1
         return count
 
-    monkeypatch.setattr(module, "compiled", counted)
-    module.train(tyro.cli(module.Args, args=command(path, "--compile", "--run-dir", tmp_path / "run")[2:]))
-    assert len(calls) == 1 + (path.stem == "td3") and all(calls)
+    monkeypatch.setattr(module, "compile_update", counted)
+    flags = command(path, "--compile", "--run-dir", tmp_path / "run")[2:]
+    module.train(tyro.cli(module.Args, args=flags))
+    assert len(calls) == ALGOS[path.stem].updates
+    assert min(calls) > 0
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_says_so(tmp_path):
-    """And leaves a run that goes on without."""
+def test_without_a_compiler_the_run_says_so_and_can_go_on(tmp_path):
     none = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    path = next(path for path in ALGOS if path.stem == "sac")
-    done = run(path, "--compile", "--run-dir", tmp_path / "run", env=none)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = run(SAC, "--compile", "--run-dir", tmp_path / "run", env=none)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: the update cannot be compiled: leave out --compile" in done.stderr
     assert "InvalidCxxCompiler: No working C++ compiler" in done.stderr
-    assert done.stderr.endswith("\nerror: the update cannot be compiled, for the reason above: leave out --compile\n")
-    assert run(path, "--resume", "--no-compile", "--run-dir", tmp_path / "run", env=none).returncode == 0
+    again = run(SAC, "--resume", "--no-compile", "--run-dir", tmp_path / "run", env=none)
+    assert again.returncode == 0
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_resumes_to_the_bit(tmp_path):
-    path = next(path for path in ALGOS if path.stem == "sac")
-    subprocess.run(command(path, "--compile", "--run-dir", tmp_path / "whole"), check=True, capture_output=True)
+    finish(command(SAC, "--compile", "--run-dir", tmp_path / "whole"))
     for name, flag in (("killed", "--compile"), ("plain", "--no-compile")):
-        shutil.copytree(tmp_path / "whole", tmp_path / name)  # as it was before its last checkpoint
+        # The folder as it was before its last checkpoint.
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
         (tmp_path / name / "checkpoint.prev.pt").rename(tmp_path / name / "checkpoint.pt")
-        subprocess.run(command(path, "--resume", "--run-dir", tmp_path / name, flag), check=True, capture_output=True)
+        finish(command(SAC, "--resume", "--run-dir", tmp_path / name, flag))
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole") != rows(tmp_path / "plain")
-    whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    whole = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    killed = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
     assert same(whole["agent"], killed["agent"])
 
 
-@pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
+def finish(line):
+    """Run a command line to its end."""
+    subprocess.run(line, check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize("path", BOX_PATHS, ids=path_id)
 def test_products_by_onednn_are_exact(path):
-    """To the rounding of float32: that of bfloat16 is 65536 times as large."""
-    module, gradients = load(path), []
-    for wrap in (lambda update: update, module.by_onednn):
-        torch.manual_seed(0)
-        agent = module.Agent(module.Args(), 3, *BOX, torch.device("cpu"))
-        updates(module, agent, wrap)(0)(torch.rand(256, sum(agent.columns)))
-        gradients.append(agent.critic_optimizer.held)
+    """Exact up to the rounding of float32; that of bfloat16 is 65,536 times as large."""
+    module = load_algo(path)
+    gradients = []
+    (batch,) = make_batches(module, 1, batch_size=256)
+    for wrap in (as_it_is, module.with_onednn):
+        agent = make_agent(module, hidden=(256, 256))
+        wrapped_updates(agent, wrap)[0](batch)
+        gradients.append(agent.critic_optimizer.gradients)
     for ours, plain in zip(*gradients, strict=True):
         assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-@pytest.mark.parametrize("path", CONTINUOUS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BOX_PATHS, ids=path_id)
 @pytest.mark.parametrize(
-    "hidden, asked, inside", [("256 256", "none", "bf16"), ("256 16", "none", "none"), ("256", "ieee", "ieee")]
+    "hidden, setting, during_update",
+    [("256 256", "none", "bf16"), ("256 16", "none", "none"), ("256", "ieee", "ieee")],
 )
-def test_train_multiplies_wide_matrices_by_onednn(path, hidden, asked, inside, matmul, tmp_path, monkeypatch):
-    """On an AMD, while it learns, and where nobody has said how to multiply."""
-    module, seen = load(path), set()
+def test_train_uses_onednn_for_wide_networks(
+    path, hidden, setting, during_update, matmul, tmp_path, monkeypatch
+):
+    """On an AMD, during updates, and only if nobody chose a precision."""
+    module = load_algo(path)
+    seen = set()
+    plain = module.Agent.update
 
     def update(self, *args, **options):
         seen.add(matmul.fp32_precision)
         return plain(self, *args, **options)
 
-    plain = module.Agent.update
     monkeypatch.setattr(module.Agent, "update", update)
     flags = f"--total-timesteps 210 --hidden {hidden} --eval-every 0 --device cpu --run-dir"
-    matmul.fp32_precision = asked
-    module.train(tyro.cli(module.Args, args=command(path, *flags.split(), tmp_path / "run")[2:]))
-    assert seen == {inside if AMD else asked} and matmul.fp32_precision == asked
+    matmul.fp32_precision = setting
+    line = command(path, *flags.split(), tmp_path / "run")[2:]
+    module.train(tyro.cli(module.Args, args=line))
+    assert seen == {during_update if IS_AMD else setting}
+    assert matmul.fp32_precision == setting
 
 
-def test_an_update_by_onednn_that_fails_leaves_no_setting(sac, matmul):
+def test_an_update_with_onednn_that_fails_restores_the_setting(sac, matmul):
+    def failing(batch):
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        sac.by_onednn(lambda batch: batch / 0)(1)
+        sac.with_onednn(failing)({})
     assert matmul.fp32_precision == "none"

@@ -343,13 +343,12 @@ def test_saved_curves_keep_commit_and_versions(runs, tmp_path):
 
 def test_committed_curves_name_commit_and_versions():
     """Every row of results/ has both, null if unknown."""
+    keys = {"algo", "env_id", "seed", "commit", "versions", "step", "eval/return"}
     paths = [path for path in (ROOT / "results").glob("*.jsonl") if path.stem != "speed"]
     assert len(paths) >= 6
     for path in paths:
         for row in common.read_rows(path):
-            assert {"algo", "env_id", "seed", "commit", "versions", "step", "eval/return"} == set(
-                row
-            )
+            assert set(row) == keys
 
 
 # Errors

@@ -10,203 +10,272 @@ import resource
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, load
+import report
+from conftest import ROOT
 
-report = load(ROOT / "scripts" / "report.py")
-LABEL = "</script><script>alert(1)</script>"
+HOSTILE_LABEL = "</script><script>alert(1)</script>"
 
 
-def write_run(folder, env_id="A-v0", algo="sac", seed=1, points=(), done=True, tail="", **flags):
-    """A run folder with eval/return at the given (step, value), its other rows as algos/ writes them."""
+def write_run(
+    folder, env_id="A-v0", algo="sac", seed=1, points=(), finished=True, tail="", **flags
+):
+    """Write a run folder with eval/return at the given (step, value) and rows of other metrics."""
     folder.mkdir(parents=True)
     args = {"env_id": env_id, "exp_name": algo, "seed": seed, "total_timesteps": 3000, **flags}
-    versions = {"python": "3.11.7", "torch": "2.13.0", "mujoco": None}
-    command = ["algos/a.py", "--seed", str(seed), "--x", "a b"]
-    config = {"algo": algo, "args": args, "command": command, "commit": "0123456789abcdef", "versions": versions}
+    config = {
+        "algo": algo,
+        "args": args,
+        "command": ["algos/a.py", "--seed", str(seed), "--x", "a b"],
+        "commit": "0123456789abcdef",
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "mujoco": None},
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    rows = []
+    lines = []
     for step, value in points:
         loss = float(np.float32(value / 3))
-        rows.append({"step": step, "wall": step / 7, "episode/return": value / 7, "episode/length": 7.0})
-        rows.append({"step": step, "wall": step / 7, "loss/a": loss, "loss/b": -0.0, "loss/c": 1e-7, "speed/sps": 60.5})
-        rows.append({"step": step, "wall": step / 7, "eval/return": value})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-    if done:
+        losses = {"loss/a": loss, "loss/b": -0.0, "loss/c": 1e-7, "speed/sps": 60.5}
+        for metrics in (
+            {"episode/return": value / 7, "episode/length": 7.0},
+            losses,
+            {"eval/return": value},
+        ):
+            lines.append(json.dumps({"step": step, "wall": step / 7} | metrics) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines) + tail)
+    if finished:
         (folder / "result.json").write_text("{}")
 
 
-def make(tmp_path, *paths, **flags):
-    """The page that is made."""
-    report.main(report.Args(paths or (tmp_path / "runs",), output=tmp_path / "report.html", **flags))
-    return (tmp_path / "report.html").read_text()
+def make_page(tmp_path, *paths, **flags):
+    """The page that report.py makes of the paths, or of tmp_path/runs."""
+    output = tmp_path / "report.html"
+    report.report(report.Args(paths or (tmp_path / "runs",), output=output, **flags))
+    return output.read_text()
 
 
-def text(page):
-    """What is read on a page."""
+def visible_text(page):
+    """The text that a reader of a page sees."""
     body = page.split("<script")[0].split("</style>")[-1]
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
+# Statistics
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 10, 11])
-def test_iqm_is_scipys(n):
+def test_iqm_agrees_with_scipy(n):
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(n).normal(size=(3, n))
-    assert np.allclose(report.iqm(values), stats.trim_mean(values, 0.25, axis=-1), rtol=0, atol=1e-12)
+    expected = stats.trim_mean(values, 0.25, axis=-1)
+    assert np.allclose(report.iqm(values), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mean", "iqm"])
-def test_bootstrap_of_one_stratum_is_scipys(name):
-    """Within what the ends of two intervals of 2000 draws differ by chance: a standard error is 3 to 4 % of a width."""
+def test_the_bootstrap_of_one_stratum_agrees_with_scipy(name):
+    """The ends of two intervals of 2000 draws differ by chance.
+
+    The standard error of an end is 3 to 4 % of the interval's width.
+    """
     stats = pytest.importorskip("scipy.stats")
-    values, estimate = np.random.default_rng(1).gumbel(size=12), getattr(report, name)
-    theirs = np.mean, lambda x, axis: stats.trim_mean(x, 0.25, axis=axis)
-    theirs = stats.bootstrap((values,), theirs[name == "iqm"], n_resamples=50_000, method="percentile", rng=0)
-    low, high = theirs.confidence_interval
-    ours = report.bootstrap([values], lambda drawn: estimate(drawn[0]))
-    assert ours == pytest.approx((low, high), abs=0.08 * (high - low))
+    values = np.random.default_rng(1).gumbel(size=12)
+
+    def scipy_iqm(x, axis):
+        return stats.trim_mean(x, 0.25, axis=axis)
+
+    statistic = {"mean": np.mean, "iqm": scipy_iqm}[name]
+    theirs = stats.bootstrap(
+        (values,), statistic, n_resamples=50_000, method="percentile", rng=0
+    ).confidence_interval
+    ours = report.bootstrap([values], getattr(report, name))
+    tolerance = 0.08 * (theirs.high - theirs.low)
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=tolerance)
 
 
-def test_bootstrap_of_two_strata_draws_within_each():
-    """Against a slow loop; drawn from both together, the interval would be three times as wide."""
+def test_the_bootstrap_of_two_strata_draws_within_each():
+    """A loop is the reference. Drawing from both together would widen the interval threefold."""
     rng = np.random.default_rng(2)
     strata = [rng.normal(0, 1, 6), rng.normal(10, 1, 9)]
-    slow = []
+    estimates = []
     for _ in range(10_000):
         drawn = [value for runs in strata for value in rng.choice(runs, len(runs))]
-        slow.append(np.mean(sorted(drawn)[len(drawn) // 4 : len(drawn) - len(drawn) // 4]))
-    low, high = np.quantile(slow, (0.025, 0.975))
-    assert report.bootstrap(strata, report.pooled_iqm) == pytest.approx((low, high), abs=0.08 * (high - low))
+        dropped = len(drawn) // 4
+        estimates.append(np.mean(sorted(drawn)[dropped : len(drawn) - dropped]))
+    low, high = np.quantile(estimates, (0.025, 0.975))
+    interval = report.bootstrap(strata, report.pooled_iqm)
+    assert interval == pytest.approx((low, high), abs=0.08 * (high - low))
 
 
-def test_improvement_is_mann_whitneys():
+def test_improvement_agrees_with_mann_whitney():
     """With ties, averaged over two environments."""
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(3)
-    x, y = ([rng.integers(0, 5, n).astype(float) for n in sizes] for sizes in ((4, 7), (5, 3)))
-    want = np.mean([stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in zip(x, y)])
-    assert report.improvement(x + y) == pytest.approx(want, abs=1e-12)
-    assert report.improvement(y + x) == pytest.approx(1 - want, abs=1e-12)
+    x_strata = [rng.integers(0, 5, n).astype(float) for n in (4, 7)]
+    y_strata = [rng.integers(0, 5, n).astype(float) for n in (5, 3)]
+    probabilities = []
+    for x, y in zip(x_strata, y_strata, strict=True):
+        probabilities.append(stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)))
+    expected = np.mean(probabilities)
+    assert report.improvement(*x_strata, *y_strata) == pytest.approx(expected, abs=1e-12)
+    assert report.improvement(*y_strata, *x_strata) == pytest.approx(1 - expected, abs=1e-12)
 
 
-# ---- figures on the page ---------------------------------------------------------------------------------------------
-def test_figures(tmp_path, capsys):
-    """Curves, ends, published figures and comparisons, by hand."""
+# Numbers on the page
+
+
+def test_curves_ends_published_figures_and_comparisons_match_hand_calculation(tmp_path, capsys):
+    runs = tmp_path / "runs"
     for seed, end in ((1, 4000.0), (2, 6000.0), (3, 8000.0), (4, 9000.0)):
-        write_run(tmp_path / f"runs/sac-{seed}", "Hopper-v4", "sac", seed, [(0, 0.0), (50_000, 0.0), (200_000, end)])
+        points = [(0, 0.0), (50_000, 0.0), (200_000, end)]
+        write_run(runs / f"sac-{seed}", "Hopper-v4", "sac", seed, points)
     for seed in (1, 2):
-        write_run(tmp_path / f"runs/td3-{seed}", "Hopper-v4", "td3", seed, [(0, 0.0), (100_000, 1500.0 * seed)])
-        write_run(tmp_path / f"runs/other-{seed}", "Hopper-v5", "td3", seed, [(0, 0.0), (250_000, 1.0)], done=seed > 1)
-    page = make(tmp_path)
-    read = text(page)
-    assert "8 runs of td3, sac in Hopper-v5, Hopper-v4" in read
-    assert re.search(r"Hopper-v4 sac 4 seeds 200,000 6750 \[\d+, \d+\] 6750 60 ", read)
-    assert "Hopper-v5 td3 2 seeds, 1 under way 250,000 1 [1, 1] 1 60 " in read
-    # Ours at the published steps, 100k and 200k; the other version is named, and a line which ends before says so.
-    assert re.search(
-        r"Hopper-v4 sac 100,000 2250 \[\d+, \d+\] 1103 10 mean, deterministic evaluation SBX, raw curves", read
-    )
-    assert re.search(
-        r"Hopper-v4 sac 200,000 6750 \[\d+, \d+\] 2342 10 mean, deterministic evaluation SBX, raw curves", read
-    )
-    assert "Hopper-v5 td3 250,000 1 [1, 1] 2031 Hopper-v1 10 mean, deterministic evaluation TD3's authors" in read
-    assert "Hopper-v4 td3 250,000 ends at 100,000 2031 Hopper-v1 10 mean, deterministic evaluation TD3's" in read
+        points = [(0, 0.0), (100_000, 1500.0 * seed)]
+        write_run(runs / f"td3-{seed}", "Hopper-v4", "td3", seed, points)
+        points = [(0, 0.0), (250_000, 1.0)]
+        write_run(runs / f"other-{seed}", "Hopper-v5", "td3", seed, points, finished=seed > 1)
+    text = visible_text(make_page(tmp_path))
+    assert "8 runs of td3, sac in Hopper-v5, Hopper-v4" in text
+    assert re.search(r"Hopper-v4 sac 4 seeds 200,000 6750 \[\d+, \d+\] 6750 60 ", text)
+    assert "Hopper-v5 td3 2 seeds, 1 under way 250,000 1 [1, 1] 1 60 " in text
+    # Ours at the published steps, 100k and 200k. The page names another version of the
+    # environment, and a line that ends earlier.
+    source = "10 mean, deterministic evaluation SBX, raw curves"
+    assert re.search(rf"Hopper-v4 sac 100,000 2250 \[\d+, \d+\] 1103 {source}", text)
+    assert re.search(rf"Hopper-v4 sac 200,000 6750 \[\d+, \d+\] 2342 {source}", text)
+    source = "2031 Hopper-v1 10 mean, deterministic evaluation TD3's"
+    assert f"Hopper-v5 td3 250,000 1 [1, 1] {source} authors" in text
+    assert f"Hopper-v4 td3 250,000 ends at 100,000 {source}" in text
     # At 100k SAC has 1333, 2000, 2667, 3000, and TD3 1500, 3000: P(TD3 > SAC) = 4.5 / 8.
-    assert "Hopper-v4 at 100,000 (0 to 2250)" in read and "Hopper-v5 at" not in read
-    assert re.search(r"td3 sac 0.5625 \[[\d.]+, [\d.]+\] Hopper-v4 at 100,000", read)
-    assert re.search(r"sac 1.037 \[[\d.]+, [\d.]+\] 4 Hopper-v4", read)
-    assert f"python 3.11.7, torch 2.13.0 0123456789 {tmp_path}/runs/td3-2 python algos/a.py --seed 2 --x 'a b' " in read
-    assert re.search(r"Hopper-v4 sac 4 seeds 200,000 7000 \[", text(make(tmp_path, est="iqm")))
+    assert "Hopper-v4 at 100,000 (0 to 2250)" in text
+    assert "Hopper-v5 at" not in text
+    assert re.search(r"td3 sac 0.5625 \[[\d.]+, [\d.]+\] Hopper-v4 at 100,000", text)
+    assert re.search(r"sac 1.037 \[[\d.]+, [\d.]+\] 4 Hopper-v4", text)
+    origin = f"python 3.11.7, torch 2.13.0 0123456789 {runs}/td3-2 python algos/a.py --seed 2"
+    assert f"{origin} --x 'a b' " in text
+    text = visible_text(make_page(tmp_path, est="iqm"))
+    assert re.search(r"Hopper-v4 sac 4 seeds 200,000 7000 \[", text)
     assert capsys.readouterr().err == ""
 
 
 def test_published_figures_name_their_source():
-    rows = json.loads(report.PUBLISHED.read_bytes())
+    figures = json.loads(report.PUBLISHED.read_bytes())
     keys = {"algo", "env_id", "step", "value", "seeds", "statistic", "source"}
-    assert all(keys <= row.keys() <= keys | {"spread"} for row in rows) and len(rows) > 100
-    told = [(row["algo"], row["env_id"], row["step"], row["source"], row["statistic"]) for row in rows]
-    assert len(set(told)) == len(told)
-    assert all(re.fullmatch(r"\w+-v\d", row["env_id"]) and row["algo"].islower() for row in rows)
+    assert len(figures) > 100
+    origins = set()
+    for figure in figures:
+        assert keys <= figure.keys() <= keys | {"spread"}
+        assert re.fullmatch(r"\w+-v\d", figure["env_id"])
+        assert figure["algo"].islower()
+        origins.add(tuple(figure[key] for key in ("algo", "env_id", "step", "source", "statistic")))
+    assert len(origins) == len(figures)
 
 
-def test_same_bytes_and_raw_curves(tmp_path):
-    """The page depends on nothing but the runs; a copy of a run, and a run given twice, count once."""
+def test_the_same_runs_make_the_same_bytes_and_copies_count_once(tmp_path):
+    """A copy of a run is named. A run that is given twice is not."""
     write_run(tmp_path / "runs/a", points=[(0, 1.0), (10, 2.0)])
-    rows = [
-        {"algo": "sac", "env_id": "A-v0", "seed": seed, "step": x, "eval/return": x / 10 + seed**3}
-        for seed in range(1, 10)
-        for x in (0, 10)
-    ]
-    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = tmp_path / "runs", tmp_path / "runs/a", tmp_path / "raw.jsonl"
-    page = make(tmp_path, *paths)
-    assert page == make(tmp_path, *paths)
-    assert "9 runs of sac in A-v0" in text(page)
-    assert f"raw.jsonl/A-v0__sac__1 : its seed and evaluations are those of {tmp_path}/runs/a." in text(page)
-    assert text(page).count("Left out:") == 1
+    lines = []
+    for seed in range(1, 10):
+        for step in (0, 10):
+            row = {"algo": "sac", "env_id": "A-v0", "seed": seed, "step": step}
+            lines.append(json.dumps(row | {"eval/return": step / 10 + seed**3}) + "\n")
+    (tmp_path / "raw.jsonl").write_text("".join(lines))
+    paths = (tmp_path / "runs", tmp_path / "runs/a", tmp_path / "raw.jsonl")
+    page = make_page(tmp_path, *paths)
+    assert page == make_page(tmp_path, *paths)
+    text = visible_text(page)
+    assert "9 runs of sac in A-v0" in text
+    reason = f"its seed and evaluations are those of {tmp_path}/runs/a."
+    assert f"raw.jsonl/A-v0__sac__1 : {reason}" in text
+    assert text.count("Left out:") == 1
 
 
-def test_the_committed_page_is_of_the_committed_curves(tmp_path, monkeypatch):
-    """But for how the raw data are compressed, which is not the same with every zlib."""
+def test_raw_curves_show_their_commit_and_versions(tmp_path):
+    row = {"algo": "sac", "env_id": "A-v0", "seed": 1, "commit": "0123456789abcdef"}
+    row |= {"versions": {"torch": "2.13.0"}, "step": 0, "eval/return": 1.0}
+    (tmp_path / "raw.jsonl").write_text(json.dumps(row) + "\n")
+    text = visible_text(make_page(tmp_path, tmp_path / "raw.jsonl"))
+    assert "torch 2.13.0 0123456789 " in text
+
+
+def test_the_committed_page_shows_the_committed_curves(tmp_path, monkeypatch):
+    """The compressed raw data are compared unpacked, because versions of zlib differ."""
     monkeypatch.chdir(ROOT / "results")
     curves = [Path(f"{name}.jsonl") for name in ("classic", "mujoco", "off_policy", "sac")]
-    plain = partial(re.sub, 'H4sI[^"]+', lambda packed: gzip.decompress(base64.b64decode(packed[0])).decode())
-    assert plain(make(tmp_path, *curves)) == plain(Path("report.html").read_text())
+
+    def unpack(match):
+        return gzip.decompress(base64.b64decode(match[0])).decode()
+
+    def with_unpacked_data(page):
+        return re.sub('H4sI[^"]+', unpack, page)
+
+    committed = Path("report.html").read_text()
+    assert with_unpacked_data(make_page(tmp_path, *curves)) == with_unpacked_data(committed)
 
 
 def test_long_curves_are_thinned(tmp_path):
-    """To steps that were evaluated, the first and the last among them; what a line ends with is always shown."""
-    write_run(tmp_path / "runs/a", algo="sac", points=[(x, float(x)) for x in range(7, 1007)])
-    write_run(tmp_path / "runs/b", algo="td3", points=[(x, 0.0) for x in (8, 500, 999)])
-    data = json.loads(make(tmp_path).split('type="application/json">')[1].split("</script>")[0])
+    """A panel keeps about 200 evaluated steps, among them both ends of every line."""
+    points = [(step, float(step)) for step in range(7, 1007)]
+    write_run(tmp_path / "runs/a", algo="sac", points=points)
+    write_run(tmp_path / "runs/b", algo="td3", points=[(step, 0.0) for step in (8, 500, 999)])
+    page = make_page(tmp_path)
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
     (panel,) = data["panels"]
     steps = [int(step.replace(",", "")) for step in panel["steps"]]
-    assert steps[0] == 7 and steps[-1] == 1006 and {8, 999} <= set(steps) and 200 <= len(steps) <= 202
+    assert steps[0] == 7
+    assert steps[-1] == 1006
+    assert {8, 999} <= set(steps)
+    assert 200 <= len(steps) <= 202
     sac, td3 = (line["text"] for line in panel["lines"])
-    assert sac == [report.brief(step) for step in steps]
+    assert sac == [report.format_number(step) for step in steps]
     assert td3 == ["0" if 8 <= step <= 999 else None for step in steps]
 
 
-def test_runs_that_are_no_repetitions(tmp_path):
+def test_runs_that_differ_in_a_flag_are_named(tmp_path):
     write_run(tmp_path / "runs/a", seed=1, points=[(0, 1.0)], lr=1e-3, run_dir="a")
     write_run(tmp_path / "runs/b", seed=1, points=[(0, 2.0)], lr=3e-4, run_dir="b")
-    read = text(make(tmp_path))
-    assert "sac on A-v0: its runs differ in lr: 0.001 or 0.0003." in read and "run_dir" not in read
-    assert "A-v0 sac 2 runs of 1 seed 0 1.5 [1, 2]" in read
+    text = visible_text(make_page(tmp_path))
+    assert "sac on A-v0: its runs differ in lr: 0.001 or 0.0003." in text
+    assert "run_dir" not in text
+    assert "A-v0 sac 2 runs of 1 seed 0 1.5 [1, 2]" in text
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
-def test_what_is_broken_is_left_out_and_named(tmp_path, capsys):
-    runs, good = tmp_path / "runs", [(0, 1.0), (10, 2.0)]
+# Bad input
+
+
+def test_damaged_runs_are_left_out_and_named(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    points = [(0, 1.0), (10, 2.0)]
     for name in "config keys flags torn bare orphan number nan young type".split():
-        write_run(runs / name, seed=9, points=() if name == "young" else good)
-    write_run(runs / "good", points=good, tail='{"step": 20, "eval/re', done=False)
+        write_run(runs / name, seed=9, points=() if name == "young" else points)
+    write_run(runs / "good", points=points, tail='{"step": 20, "eval/re', finished=False)
     write_run(runs / "apart", env_id="B-v0", points=[(0, 1.0)])
     write_run(runs / "ahead", env_id="B-v0", seed=2, points=[(5, 1.0)])
+
     (runs / "config" / "config.json").write_text('{"algo": "sac", "args": {')
     (runs / "keys" / "config.json").write_text("{}")
     config = json.loads((runs / "flags" / "config.json").read_text())
     (runs / "flags" / "config.json").write_text(json.dumps(config | {"command": None}))
     config["args"]["env_id"] = ["A-v0"]
     (runs / "type" / "config.json").write_text(json.dumps(config))
+
     (runs / "torn" / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     (runs / "bare" / "metrics.jsonl").unlink()
     (runs / "orphan" / "config.json").unlink()
     (runs / "number" / "metrics.jsonl").write_text('{"step": 0, "eval/return": "high"}\n')
     (runs / "nan" / "metrics.jsonl").write_text('{"step": 0, "eval/return": NaN}\n')
+
     (tmp_path / "raw.jsonl").write_text('{"step": 0, "eval/return": 1}\n')
     row = {"algo": "td3", "env_id": "C-v0", "seed": 1, "step": 0}
-    half = [row | {"eval/return": "low"}, row | {"seed": 2, "eval/return": 1.0}]
-    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in half))
+    half_damaged = [row | {"eval/return": "low"}, row | {"seed": 2, "eval/return": 1.0}]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in half_damaged))
     (tmp_path / "empty").mkdir()
-    read = text(make(tmp_path, runs, *(tmp_path / name for name in ("raw.jsonl", "half.jsonl", "empty", "nonesuch"))))
-    err = capsys.readouterr().err
+
+    others = [tmp_path / name for name in ("raw.jsonl", "half.jsonl", "empty", "nonesuch")]
+    text = visible_text(make_page(tmp_path, runs, *others))
+    errors = capsys.readouterr().err
     reasons = {
         runs / "config": "config.json is not the config of a run",
         runs / "keys": "config.json is not the config of a run",
@@ -226,159 +295,201 @@ def test_what_is_broken_is_left_out_and_named(tmp_path, capsys):
         tmp_path / "nonesuch": "neither a folder nor a .jsonl file",
     }
     for path, reason in reasons.items():
-        assert re.search(rf"^left out: {path}: .*{re.escape(reason)}", err, re.M), (path, err)
-        assert re.search(rf"Left out: {path} : [^:]*{re.escape(reason)}", read), (path, read)
-    assert err.count("left out") == read.count("Left out") == len(reasons)
-    assert "2 runs of sac, td3 in A-v0, C-v0" in read and "A-v0 sac 1 10 of 3,000, under way 60 download" in read
+        reason = re.escape(reason)
+        assert re.search(rf"^left out: {path}: .*{reason}", errors, re.M), (path, errors)
+        assert re.search(rf"Left out: {path} : [^:]*{reason}", text), (path, text)
+    assert errors.count("left out") == len(reasons)
+    assert text.count("Left out") == len(reasons)
+    assert "2 runs of sac, td3 in A-v0, C-v0" in text
+    assert "A-v0 sac 1 10 of 3,000, under way 60 download" in text
 
 
-def test_a_folder_whose_name_is_no_text(tmp_path):
-    write_run(tmp_path / os.fsdecode(b"caf\xe9") / "run", points=[(1000, 3.0), (3000, 5.0)])
-    report.main(report.Args((tmp_path,), output=tmp_path / "report.html"))
+def test_a_folder_whose_name_is_not_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "run"
+    write_run(folder, points=[(1000, 3.0), (3000, 5.0)])
+    report.report(report.Args((tmp_path,), output=tmp_path / "report.html"))
     assert "caf?" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_no_run_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match="error: no run there: give folders"):
-        make(tmp_path, tmp_path)
-    args = [sys.executable, "scripts/report.py", "-o", str(tmp_path / "a.html")]
-    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no run there") and "Traceback" not in done.stderr
+    with pytest.raises(ValueError, match="no run found: give folders"):
+        make_page(tmp_path, tmp_path)
+    command = [sys.executable, "scripts/report.py", "-o", str(tmp_path / "a.html")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: no run found")
+    assert "Traceback" not in process.stderr
 
 
-# ---- the browser -----------------------------------------------------------------------------------------------------
+# The page in a browser
+
+
 @pytest.fixture(scope="module")
 def chromium():
-    """Debian's chromium, without a screen."""
-    api, path = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    """Debian's Chromium without a screen."""
+    api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium")
     if not path:
-        pytest.skip("chromium is not there: apt-get install chromium")
+        pytest.skip("needs chromium: apt-get install chromium")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
+class Visit(NamedTuple):
+    """An open page, and what goes wrong on it."""
+
+    page: object
+    problems: list  # console messages, errors, and requests for anything but the page's file
+
+
 def visit(chromium, path, **context):
-    """A page with all that went wrong on it: errors, and requests for anything but its file."""
-    page, wrong = chromium.new_page(**context), []
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: request.url != path.as_uri() and wrong.append(request.url))
+    """Open the page of a file."""
+    page = chromium.new_page(**context)
+    problems = []
+
+    def add_foreign_request(request):
+        if request.url != path.as_uri():
+            problems.append(request.url)
+
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", add_foreign_request)
     page.goto(path.as_uri())
-    return SimpleNamespace(page=page, wrong=wrong)
+    return Visit(page, problems)
 
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
-    """A page of two lines of two seeds, one line named to break out of it, and a line of a single point."""
+    """A page with two lines of two seeds and a line of one point.
+
+    The label of one line would run a script if the page did not escape it.
+    """
     tmp_path = tmp_path_factory.mktemp("report")
     for seed in (1, 2):
-        write_run(
-            tmp_path / f"runs/sac-{seed}", "A-v0", "sac", seed, [(x, 1.1 * seed * x) for x in range(0, 3001, 1000)]
-        )
-        write_run(
-            tmp_path / f"runs/bad-{seed}", "A-v0", LABEL, seed, [(x, -0.1 * x) for x in (1000, 2000)], tail='{"st'
-        )
+        points = [(step, 1.1 * seed * step) for step in range(0, 3001, 1000)]
+        write_run(tmp_path / f"runs/sac-{seed}", "A-v0", "sac", seed, points)
+        points = [(step, -0.1 * step) for step in (1000, 2000)]
+        write_run(tmp_path / f"runs/bad-{seed}", "A-v0", HOSTILE_LABEL, seed, points, tail='{"st')
     write_run(tmp_path / "runs/one", "B-v0", "sac", 1, [(0, 5.0)])
-    make(tmp_path)
+    make_page(tmp_path)
     return tmp_path / "report.html"
 
 
 @pytest.mark.slow
-def test_hovering_tells_values(chromium, page_file):
-    """With the mouse and the keys: of each line, and of the one that is pointed at."""
-    visited = visit(chromium, page_file, viewport={"width": 1200, "height": 900})
-    page, plot = visited.page, visited.page.locator(".plot").first
-    values = page.locator("figure").first.locator("tbody tr")
-    at_end = ["sac 2 seeds 4950 [3300, 6600]", f"{LABEL} 2 seeds -200 [-200, -200]"]
+def test_mouse_and_arrow_keys_show_the_values_of_every_line(chromium, page_file):
+    page, problems = visit(chromium, page_file, viewport={"width": 1200, "height": 900})
+    plot = page.locator(".plot").first
+    figure = page.locator("figure").first
+    bubble = page.locator(".guide span").first
+    values_at_end = ["sac 2 seeds 4950 [3300, 6600]", f"{HOSTILE_LABEL} 2 seeds -200 [-200, -200]"]
 
     def shown():
-        rows = [" ".join(row.split()) for row in values.all_inner_texts()]
-        return sorted(rows, reverse=True), page.locator("figure").first.locator(".at").inner_text()
+        rows = [" ".join(row.split()) for row in figure.locator("tbody tr").all_inner_texts()]
+        return sorted(rows, reverse=True), figure.locator(".at").inner_text()
 
-    assert shown() == (at_end, "at its end")
-    assert page.locator(".line [data-dot]").count() == 1  # a single point is drawn as one
+    assert shown() == (values_at_end, "at its end")
+    assert page.locator(".line [data-dot]").count() == 1  # a single point is drawn as a dot
     box = plot.bounding_box()
 
-    def point(x, y):
+    def point_at(x, y):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
 
-    point(0.34, 0.5)  # near a third: step 1000, where SAC has 1100 and 2200
-    assert shown() == (["sac 2 seeds 1650 [1100, 2200]", f"{LABEL} 2 seeds -100 [-100, -100]"], "at step 1,000")
-    assert page.locator(".guide span").first.inner_text() == "sac 1650 [1100, 2200]"
-    point(0.34, 1.0)
-    assert page.locator(".guide span").first.inner_text() == f"{LABEL} -100 [-100, -100]"
-    point(0.99, 0.5)
-    assert shown() == ([at_end[0], f"{LABEL} 2 seeds –"], "at step 3,000")
+    point_at(0.34, 0.5)  # nearest to step 1000, where SAC has 1100 and 2200
+    values = ["sac 2 seeds 1650 [1100, 2200]", f"{HOSTILE_LABEL} 2 seeds -100 [-100, -100]"]
+    assert shown() == (values, "at step 1,000")
+    assert bubble.inner_text() == "sac 1650 [1100, 2200]"
+    point_at(0.34, 1.0)
+    assert bubble.inner_text() == f"{HOSTILE_LABEL} -100 [-100, -100]"
+    point_at(0.99, 0.5)
+    assert shown() == ([values_at_end[0], f"{HOSTILE_LABEL} 2 seeds –"], "at step 3,000")
     page.mouse.move(5, 5)
-    assert shown() == (at_end, "at its end")
+    assert shown() == (values_at_end, "at its end")
     plot.press("ArrowLeft")
     plot.press("ArrowLeft")
-    assert shown() == (["sac 2 seeds 3300 [2200, 4400]", f"{LABEL} 2 seeds -200 [-200, -200]"], "at step 2,000")
-    assert visited.wrong == []
+    values = ["sac 2 seeds 3300 [2200, 4400]", f"{HOSTILE_LABEL} 2 seeds -200 [-200, -200]"]
+    assert shown() == (values, "at step 2,000")
+    assert problems == []
 
 
 @pytest.mark.slow
-def test_raw_data_downloads_to_the_last_byte(chromium, page_file, tmp_path):
-    visited = visit(chromium, page_file)
-    visited.page.click("summary")
-    rows = visited.page.locator("section").last.locator("tbody tr")
+def test_raw_data_downloads_byte_for_byte(chromium, page_file, tmp_path):
+    page, problems = visit(chromium, page_file)
+    page.click("summary")
+    rows = page.locator("section").last.locator("tbody tr")
     assert rows.count() == 5
     for row in rows.all():
-        with visited.page.expect_download() as download:
+        with page.expect_download() as download:
             row.locator("button").click()
         download.value.save_as(tmp_path / "raw")
-        folder = row.locator("td").nth(-2).inner_text()
-        assert (tmp_path / "raw").read_bytes() == (page_file.parent / "runs" / folder / "metrics.jsonl").read_bytes()
-    assert visited.wrong == []
+        folder = page_file.parent / "runs" / row.locator("td").nth(-2).inner_text()
+        assert (tmp_path / "raw").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert problems == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_phone_and_schemes(chromium, page_file, scheme):
-    visited = visit(chromium, page_file, viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
-    page = visited.page
+@pytest.mark.parametrize(
+    ("scheme", "background"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)")]
+)
+def test_the_page_fits_a_phone_and_follows_the_color_scheme(
+    chromium, page_file, scheme, background
+):
+    page, problems = visit(
+        chromium,
+        page_file,
+        viewport={"width": 360, "height": 740},
+        color_scheme=scheme,
+        has_touch=True,
+    )
     page.click("summary")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert color == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
     plot = page.locator(".plot").first
     plot.tap(position={"x": 0.66 * plot.bounding_box()["width"], "y": 100})
-    assert page.locator(".at").first.inner_text() == "at step 2,000"  # and so it stays, after the finger is gone
-    assert visited.wrong == []
+    # The values stay after the finger leaves.
+    assert page.locator(".at").first.inner_text() == "at step 2,000"
+    assert problems == []
+
+
+def random_row(k, values, rng):
+    """Row k of a run like those of SAC on HalfCheetah, with more evaluations."""
+    if k % 11 == 10:
+        mean_return = rng.normal(2000, 900)
+        metrics = {
+            "eval/return": mean_return,
+            "eval/return_std": rng.normal(90, 9),
+            "eval/length": 1000.0,
+            "eval/best": mean_return,
+        }
+    elif k % 2:
+        metrics = {f"loss/{name}": value for name, value in zip("abcdef", values, strict=False)}
+        metrics |= {"policy/std": values[6], "speed/sps": rng.normal(60, 1)}
+    else:
+        metrics = {"episode/return": rng.normal(2000, 900), "episode/length": 1000.0}
+    wall = round(k * 10.1234 + values[6] / 100, 3)
+    return {"step": 1000 * (k // 2 + 1), "wall": wall} | metrics
 
 
 @pytest.mark.slow
 def test_a_hundred_runs_of_a_thousand_rows(chromium, tmp_path):
-    """As SAC on HalfCheetah writes them, with as many evaluations, which take the most room; and eval rows alone."""
+    """They take less than 10 seconds of CPU time and a page of 2 to 5 MB."""
     rng = np.random.default_rng(0)
     for i in range(100):
-        env_id, algo, seed = f"E{i % 5}-v0", ("sac", "td3")[i // 5 % 2], i // 10
-        write_run(tmp_path / f"runs/{i:03}", env_id, algo, seed)
-        losses = rng.normal(100, 50, (1000, 7)).astype(np.float32).astype(float).tolist()
-        rows = []
-        for k, (*loss, value) in enumerate(losses):
-            row = {"step": 1000 * (k // 2 + 1), "wall": round(k * 10.1234 + value / 100, 3)}
-            more = {"episode/return": rng.normal(2000, 900), "episode/length": 1000.0}
-            if k % 11 == 10:
-                more = {
-                    "eval/return": rng.normal(2000, 900),
-                    "eval/return_std": rng.normal(90, 9),
-                    "eval/length": 1000.0,
-                }
-                more["eval/best"] = more["eval/return"]
-            elif k % 2:
-                more = {f"loss/{name}": x for name, x in zip("abcdef", loss)}
-                more |= {"policy/std": value, "speed/sps": rng.normal(60, 1)}
-            rows.append(json.dumps(row | more) + "\n")
-        (tmp_path / f"runs/{i:03}/metrics.jsonl").write_text("".join(rows))
+        algo = ("sac", "td3")[i // 5 % 2]
+        folder = tmp_path / f"runs/{i:03}"
+        write_run(folder, f"E{i % 5}-v0", algo, seed=i // 10)
+        values = rng.normal(100, 50, (1000, 7)).astype(np.float32).astype(float).tolist()
+        rows = [random_row(k, values[k], rng) for k in range(1000)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = tmp_path / "report.html"
-    args = [sys.executable, "scripts/report.py", str(tmp_path / "runs"), "-o", str(output)]
-    subprocess.run(args, cwd=ROOT, check=True)
+    command = [sys.executable, "scripts/report.py", str(tmp_path / "runs"), "-o", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10  # seconds
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_seconds < 10
     assert 2e6 < output.stat().st_size < 5e6
-    visited = visit(chromium, output)
-    assert visited.page.locator("figure").count() == 5 and visited.wrong == []
+    page, problems = visit(chromium, output)
+    assert page.locator("figure").count() == 5
+    assert problems == []
