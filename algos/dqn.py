@@ -51,14 +51,16 @@ What matters beyond the equations:
  4. The target moves by environment steps, not by gradient steps, and only after learning starts.
  5. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of
     gradient steps per step.
- 6. Three flags go beyond the paper. --layer-norm normalises every hidden layer, which keeps (2)
-    from diverging. --anneal-lr decreases the learning rate to 0. --scale-values lets the network
-    output Q in units of the mean reward times 1 / (1 - gamma), so its weights stay small whatever
-    the rewards; the loss is then quadratic up to an error of one such unit.
- 7. Observations are vectors. The paper's are images, which need convolutions, and it clips rewards
-    to [-1, 1].
+ 6. Besides --double and --dueling, three flags go beyond the paper. --layer-norm normalises every
+    hidden layer, which makes a divergence of (2) unlikely. --anneal-lr decreases the learning rate
+    to 0. --scale-values divides rewards by their mean size, measured when learning starts, and
+    multiplies the network's output by 1 / (1 - gamma), at most 1000. The weights then stay small
+    whatever the rewards. The loss is quadratic up to an error of that factor.
+ 7. Observations are vectors. The paper's are images, which need convolutions. It also clips rewards
+    to [-1, 1] and uses RMSProp in place of Adam.
  8. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
-    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+    that was killed and resumed with the same flags therefore ends bit-identical to one that was
+    not, on a CPU. Ctrl-C adds a checkpoint, so the result differs.
 
 Metrics: loss/critic (3); value/mean, Q of the last batch; explore/epsilon (1); episode/* for
 training episodes; eval/* for greedy evaluation; speed/sps, environment steps per second.
@@ -102,7 +104,7 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
-Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Natural = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
 Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
 Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
 Share = Annotated[float, Range(1e-99, 1, "above 0 and at most 1")]
@@ -113,7 +115,7 @@ Widths = Annotated[tuple[int, ...], Range(1, 10**18, "from 1 to 1e18")]
 class Args:
     """Deep Q-Network. A step is one step of one environment."""
 
-    learning_starts: Steps = 1_000  # steps before learning begins
+    learning_starts: Natural = 1_000  # steps before learning begins
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 128  # transitions per gradient step
     train_frequency: Count = 2  # environment steps per gradient step
@@ -128,25 +130,25 @@ class Args:
     dueling: bool = False  # compose action values from a state value and advantages
     layer_norm: bool = False  # normalise every hidden layer before its nonlinearity
     anneal_lr: bool = False  # decrease the learning rate linearly to 0 over the run
-    scale_values: bool = False  # learn values in units of the mean reward times 1 / (1 - gamma)
+    scale_values: bool = False  # divide rewards by their size, multiply Q by 1 / (1 - gamma)
     hidden: Widths = (128, 128)  # widths of the hidden layers
     activation: Literal["relu", "tanh", "elu", "silu"] = "relu"  # nonlinearity between layers
 
     env_id: str = "CartPole-v1"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: Steps = 1  # seed of everything random
+    seed: Natural = 1  # seed of everything random
     total_timesteps: Count = 1_000_000  # environment steps, summed over environments
     num_envs: Count = 1  # environments stepped in turn
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
     threads: Count = 1  # CPU threads of torch; use 1 where other runs share the machine
     run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # continue from the last checkpoint in --run-dir
-    eval_every: Steps = 10_000  # steps between evaluations; 0 for none
+    resume: bool = False  # continue the run in --run-dir; start it if there is none
+    eval_every: Natural = 10_000  # steps between evaluations; 0 for none
     eval_episodes: Count = 10  # episodes per evaluation
-    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    checkpoint_every: Natural = 50_000  # steps between checkpoints; 0 for one at the end
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
     capture_video: bool = False  # film one episode of every evaluation into videos/
-    compile: bool = False  # compile the update, gradients and optimizers included
+    compile: bool = False  # compile the whole update: loss, gradient and optimizer step
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
@@ -199,7 +201,7 @@ class QNetwork(nn.Module):
         def greedy(obs):
             out = net(np.asarray(obs, np.float32))
             if self.dueling:
-                out = out[..., 1:]  # V(s) and the mean advantage are the same for all actions
+                out = out[..., 1:]  # V(s) and the mean advantage do not change the argmax
             return out.argmax(-1)
 
         return greedy
@@ -211,17 +213,17 @@ class QNetwork(nn.Module):
 
 
 def horizon(gamma):
-    """The return of endless rewards of 1, at most 1000."""
+    """1 / (1 - gamma), the return of endless rewards of 1; at most 1000, so gamma can be 1."""
     return 1 / max(1 - gamma, 1e-3)
 
 
 def linear_schedule(start, end, duration, step):
-    """(1): from `start` at step 0 to `end` at step `duration`, then constant."""
+    """From `start` at step 0 linearly to `end` at step `duration`, then constant; (1)."""
     return start + (end - start) * min(step / max(duration, 1), 1.0)
 
 
 def epsilon_greedy(action, epsilon, actions):
-    """(1): each of action [...], or with probability epsilon any of `actions`."""
+    """(1): action [...], each replaced by a random one of `actions` with probability epsilon."""
     if epsilon == 0:
         return action  # without drawing: an evaluation must not change the numbers of training
     explore, choice = torch.rand(2, *action.shape).numpy()
@@ -268,7 +270,7 @@ class Agent(nn.Module):
         self.delta = horizon(args.gamma) if args.scale_values else 1.0
         self.register_buffer("reward_unit", torch.ones(()))
         # As a tensor, the learning rate can change inside a CUDA graph.
-        self.optimizer = Adam(self.critic.parameters(), torch.tensor(args.learning_rate))
+        self.optimizer = Adam(self.critic.parameters(), torch.tensor(float(args.learning_rate)))
 
     @property
     def actor(self):
@@ -285,8 +287,8 @@ class Agent(nn.Module):
         next_obs = batch["next_obs"]
         with torch.no_grad():
             next_q = self.target(next_obs)  # [B, A]
-            chooser = self.critic(next_obs) if self.args.double else next_q
-            choice = chooser.argmax(-1, keepdim=True)  # [B, 1]
+            choosing_q = self.critic(next_obs) if self.args.double else next_q
+            choice = choosing_q.argmax(-1, keepdim=True)  # [B, 1]
             next_q = next_q.gather(-1, choice).squeeze(-1)
             reward = batch["reward"] / self.reward_unit
             y = q_target(reward, batch["terminated"], next_q, self.args.gamma)  # (2), (4)
@@ -319,7 +321,7 @@ def train(args):
     obs = run.reset_envs()
     greedy = agent.critic.to_numpy()
     metrics = {}
-    for step in run.steps(args.num_envs):
+    for step in run.steps(args.num_envs):  # the step at the end of the iteration
         # Act (1).
         duration = args.exploration_fraction * args.total_timesteps
         epsilon = linear_schedule(args.start_e, args.end_e, duration, step)
@@ -328,13 +330,15 @@ def train(args):
         memory.add(obs=obs, action=action, reward=reward, terminated=terminated, next_obs=next_obs)
         obs = run.reset_ended(next_obs, ended)
 
-        # Learn every `train_frequency` steps; move the target every `target_network_frequency`.
+        # Prepare --scale-values, once, and --anneal-lr.
         if args.scale_values and step - args.num_envs <= args.learning_starts < step:
             agent.set_reward_unit(memory.data["reward"][: len(memory)])
         if args.anneal_lr:
             agent.optimizer.lr.fill_(
                 linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
             )
+
+        # Learn every `train_frequency` steps; move the target every `target_network_frequency`.
         for _ in run.updates_due(1, args.learning_starts, args.train_frequency):
             metrics = update(memory.sample(args.batch_size))
         for _ in run.updates_due(1, args.learning_starts, args.target_network_frequency):
@@ -351,6 +355,7 @@ def train(args):
             run.save()
             if run.interrupted:
                 break
+            # Start new episodes, as a resumed run does.
             obs = run.reset_envs()
             metrics = {}
     return run.finish()
@@ -436,10 +441,12 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+    """Make an environment with flat observations [O] whose actions are scaled from [-1, 1].
 
-    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    Films its episodes if `video_folder` is given. Raises InputError for other observations, and if
+    the environment cannot be filmed.
     """
+    # Published results are on the v4 environments, which gymnasium calls out of date.
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -454,7 +461,7 @@ def make_env(args, video_folder=None):
             f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
         )
     if env.spec.max_episode_steps is None:
-        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        # Evaluations must end, so every environment has a limit. This is the one of Atari games.
         env = gym.wrappers.TimeLimit(env, 27_000)
     # Some environments write every observation into the same array, so copy it.
     env = gym.wrappers.TransformObservation(env, np.copy, None)
@@ -483,10 +490,9 @@ def make_filmed_env(env_id, video_folder):
 
 
 def action_scaler(low, high):
-    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+    """Returns a function that maps actions [..., A] from [-1, 1] to the box [low, high].
 
-    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
-    keeps its units and counts from the point nearest to 0.
+    A dimension without two finite bounds is only shifted: 0 becomes the point nearest to 0.
     """
     center = np.clip(np.zeros_like(low), low, high)
     half_width = np.ones_like(low)
@@ -495,7 +501,7 @@ def action_scaler(low, high):
     half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
 
     def scale(action):
-        # Clip: rounding can push an action outside the box.
+        # Clip: a sample of an unbounded policy can be outside the box, and rounding too.
         return (center + half_width * action).clip(low, high)
 
     return scale
@@ -558,7 +564,7 @@ class Replay:
         return {name: tensor.index_select(0, index) for name, tensor in self.data.items()}
 
     def state_dict(self):
-        """The filled part of the ring."""
+        """The filled part of the ring, cloned: a slice would be saved with all of its memory."""
         rows = {name: tensor[: len(self)].clone() for name, tensor in self.data.items()}
         return {"added": self.added, "rows": rows}
 
@@ -620,7 +626,7 @@ NUMPY_LAYERS = {
 }
 
 
-# A resumed run may change these flags. All others must stay as they were.
+# Flags that may change on resuming, though some of them change the result. Others must not.
 MAY_CHANGE = {
     "total_timesteps",
     "device",
@@ -640,8 +646,8 @@ MAY_CHANGE = {
 class Run:
     """A run folder and its progress: stepping, logging, checkpoints.
 
-    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
-    nothing that was checkpointed.
+    One process writes a folder. A kill at any moment loses nothing that was checkpointed. Metrics
+    after the last checkpoint are dropped on resuming.
     """
 
     def __init__(self, args, envs, **parts):
@@ -651,8 +657,10 @@ class Run:
         self.parts = parts
         self.total = args.total_timesteps
         self.step = 0  # environment steps so far
-        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
-        self.first_env = 0  # the index of envs[0] among all environments
+        self.stride = (
+            args.num_envs
+        )  # environment steps per iteration; a whole rollout in some files
+        self.first_env = 0  # index of envs[0] among the environments of all processes
         self.interrupted = False
         self.last = {}  # last value of every metric
 
@@ -661,12 +669,12 @@ class Run:
         self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
             lock(self.metrics_file, self.folder)
-            self.open()
+            self.prepare()
         except BaseException:
             self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def open(self):
+    def prepare(self):
         """Check and restore what the folder holds, then prepare to evaluate and to log."""
         args = self.args
         path = self.folder / "config.json"
@@ -677,7 +685,7 @@ class Run:
             saved = json.loads(path.read_text())
             config["id"] = saved.get("id") or config["id"]
         else:
-            saved = config
+            saved = config  # a new run: nothing to compare with
         self.check_saved_config(saved, flags, path.exists())
         self.restore()
 
@@ -818,7 +826,7 @@ class Run:
         return self.last
 
     def steps(self, stride):
-        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        """Yield the step that each iteration ends at. Meanwhile Ctrl-C sets `interrupted`."""
         self.stride = stride
         on_terminal = sys.stderr.isatty()
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -840,7 +848,7 @@ class Run:
             if in_main_thread:
                 signal.signal(signal.SIGINT, old_handler)
             self.metrics_file.close()
-            for env in self.eval_envs:
+            for env in [*self.envs, *self.eval_envs]:
                 env.close()
 
     def interrupt(self, signum, frame):
@@ -901,15 +909,15 @@ class Run:
         return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        """n seeds made of (seed, step, stream). Evaluations use stream 1, training stream 0."""
         return (
             np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
         )
 
     def updates_due(self, utd, learning_starts, every=1):
-        """The numbers of the updates due in this iteration, counted from 0 over the run.
+        """The indices of the updates due in this iteration, counted from 0 over the run.
 
-        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        There are `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
         """
         before = max(0, self.step - self.stride - learning_starts)
         now = max(0, self.step - learning_starts)
@@ -935,9 +943,9 @@ class Run:
             raise FloatingPointError(
                 f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
             )
-        self.tracker(metrics, self.step)
         row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
         self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.tracker(metrics, self.step)
         self.last |= row
 
 
@@ -1075,7 +1083,7 @@ class Adam(nn.Module):
         squares = [self.get_buffer(f"square_{i}") for i in range(count)]
         gradients = [gradient.contiguous() for gradient in gradients]
         self.steps += 1
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the compiler cannot fuse the fused kernel with others
             self.step_written_out(gradients, means, squares)
             return
         torch._fused_adam_(
@@ -1098,7 +1106,7 @@ class Adam(nn.Module):
 
     def step_written_out(self, gradients, means, squares):
         """The same step in operations that a compiler can fuse."""
-        # In float32, 1 - beta**t loses its digits for small t.
+        # In float64, because in float32 1 - beta**t loses its digits for small t.
         mean_correction = 1 - self.beta1 ** self.steps.double()
         square_correction = 1 - self.beta2 ** self.steps.double()
         for parameter, gradient, mean, square in zip(
@@ -1183,8 +1191,9 @@ class CudaGraph:
 def with_onednn(update):
     """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
 
-    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
-    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    PyTorch calls oneDNN for float32 only with the setting "bf16", which allows rounding to
+    bfloat16. A processor without bfloat16 units still computes in float32, as a product below
+    checks.
     """
     matmul = torch.backends.mkldnn.matmul
     is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
@@ -1209,7 +1218,7 @@ def load_policy(run_dir, deterministic=True):
     spaces = Spaces(*saved["spaces"])
     actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    scale = np.asarray
+    scale = np.asarray  # discrete actions stay as they are
     if spaces.low is not None:
         scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
 
@@ -1256,7 +1265,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if int(os.environ.get("RANK", 0)) > 0:
-        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
+        os._exit(0)  # threads of torch.distributed sometimes abort a normal exit
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@
 #     "tqdm>=4.66",
 # ]
 # ///
-"""Proximal Policy Optimization (PPO): many steps on the same data, none of which goes far.
+"""Proximal Policy Optimization (PPO): many steps on the same data that stay close to its policy.
 
 A policy gradient is right only for the policy that collected the data. PPO takes many steps on it
-all the same, and clips the objective where the new and the old probability of an action differ too
-much, so going further gains nothing.
+all the same. Its objective stops rewarding a change of an action's probability once that has moved
+by the factor 1 +- clip_coef in the good direction; the minimum in (3) still penalises the bad one.
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347
 (1), (2): Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage
@@ -21,39 +21,46 @@ Estimation", arXiv 1506.02438
 
     Policy pi, value function V.
     For each rollout of `num_steps` steps in every environment:
-        Act with a ~ pi(.|s) and store (s, a, r, d, e, s'); d is 1 only where the episode
-        terminated, e is 1 where it ended.
+        Act with a ~ pi(.|s) and store (s, a, r, d, e, s'); d = 1 if the episode terminated,
+        e = 1 if it terminated or reached a time limit.
         delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                         (1)
-        A_t = delta_t + gamma gae_lambda (1 - e_t) A_t+1,   R_t = A_t + V(s_t)                   (2)
+        A_t = delta_t + gamma gae_lambda (1 - e_t) A_{t+1},   R_t = A_t + V(s_t)                 (2)
         Repeat `update_epochs` times, on each of `num_minibatches` random parts of the rollout:
             ratio = pi(a|s) / pi_old(a|s)
-            L_pi = mean -min(ratio A, clip(ratio, 1 - clip_coef, 1 + clip_coef) A)               (3)
-            L_V  = mean 1/2 (V(s) - R)^2                                                         (4)
-            pi and V minimise      L_pi + vf_coef L_V - ent_coef mean entropy of pi(.|s)         (5)
+            L_pi = -mean(min(ratio A, clip(ratio, 1 - clip_coef, 1 + clip_coef) A))              (3)
+            L_V  = mean((V(s) - R)^2) / 2                                                        (4)
+            pi and V take one Adam step on
+                L_pi + vf_coef L_V - ent_coef mean(entropy of pi(.|s))                           (5)
 
 Usage:
     python algos/ppo.py --env-id Hopper-v4
     python algos/ppo.py --resume --run-dir runs/...   # continue; saved flags are the defaults
-    torchrun --nproc-per-node 4 algos/ppo.py --num-envs 8   # share the environments among processes
+    torchrun --nproc-per-node 4 algos/ppo.py --num-envs 4   # share the environments among processes
     from ppo import Args, load_policy, train          # from Python
 
-After 1M steps, mean of 6 seeds: HalfCheetah-v4 4948, Hopper-v4 3049, Walker2d-v4 4923.
+Last evaluation after 1M steps, mean of 6 seeds: HalfCheetah-v4 4948, Hopper-v4 3049,
+Walker2d-v4 4923.
 
 What matters beyond the equations:
  1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
     episode, not the first observation of the next one.
- 2. Advantages are normalised over the rollout, so one learning rate fits rewards of any size.
+ 2. The A of (3) is normalised over the rollout, so one learning rate fits rewards of any size. That
+    of (2) is not.
  3. Observations are normalised and rewards are divided by the standard deviation of their
-    discounted sum, both with running statistics. Those of observations change only between
+    discounted sum, both with running statistics. V and R have the unit of these rewards.
+    Observations are clipped to 10 standard deviations. Their statistics change only between
     rollouts, so old and new probabilities see the same s. Evaluation changes none.
  4. A minibatch holds equally many steps of every environment, so processes can share it.
  5. The last layer of the policy starts at a hundredth of the usual size. The standard deviation of
-    actions in a box starts at 0.6 half widths of the box.
- 6. Gradients are clipped to norm `max_grad_norm`, and the learning rate falls linearly to 0.
- 7. A step is one step of one environment, summed over all processes. The total is rounded up to
-    whole rollouts.
+    actions in a box starts at 0.6 half widths of the box. The environment receives actions clipped
+    to the box; pi(a|s) is that of the action before clipping.
+ 6. The gradients of pi and V are clipped together to norm `max_grad_norm`. The networks share no
+    parameters, so vf_coef acts on pi only through this. The learning rate falls linearly to 0.
+ 7. Steps are counted over all environments of all processes. The total is rounded up to whole
+    rollouts.
  8. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
-    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+    that was killed and resumed with the same flags therefore ends bit-identical to one that was
+    not, on a CPU. Ctrl-C adds a checkpoint, so the result differs.
 
 Metrics, over the rollout after it was learned from: loss/policy (3), loss/value (4), value/mean,
 policy/entropy; policy/kl, from the old to the new policy; policy/clip_frac, the share of steps with
@@ -101,7 +108,7 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
-Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Natural = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
 Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
 NonNegative = Annotated[float, Range(0, 1e18, "from 0 to 1e18")]
 Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
@@ -114,11 +121,11 @@ class Args:
 
     num_steps: Count = 2048  # steps of each environment in a rollout
     update_epochs: Count = 10  # passes over a rollout
-    num_minibatches: Count = 32  # minibatches per pass
+    num_minibatches: Count = 32  # minibatches per pass; must divide num_steps
     learning_rate: Positive = 3e-4  # learning rate of the policy and of the value function
     anneal_lr: bool = True  # decrease the learning rate linearly to 0 over the run
     gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # weight of later steps in the advantage
+    gae_lambda: Fraction = 0.95  # lambda of (2): 0 is one-step TD, 1 is the whole return
     clip_coef: Positive = 0.2  # distance from 1 at which the probability ratio is clipped
     norm_adv: bool = True  # normalise the advantages of a rollout
     ent_coef: NonNegative = 0.0  # weight of the entropy
@@ -134,19 +141,19 @@ class Args:
 
     env_id: str = "Hopper-v4"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: Steps = 1  # seed of everything random
+    seed: Natural = 1  # seed of everything random
     total_timesteps: Count = 1_000_000  # environment steps, summed over environments
     num_envs: Count = 1  # environments stepped in turn
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
     threads: Count = 1  # CPU threads of torch; use 1 where other runs share the machine
     run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # continue from the last checkpoint in --run-dir
-    eval_every: Steps = 50_000  # steps between evaluations; 0 for none
+    resume: bool = False  # continue the run in --run-dir; start it if there is none
+    eval_every: Natural = 50_000  # steps between evaluations; 0 for none
     eval_episodes: Count = 10  # episodes per evaluation
-    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    checkpoint_every: Natural = 50_000  # steps between checkpoints; 0 for one at the end
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
     capture_video: bool = False  # film one episode of every evaluation into videos/
-    compile: bool = False  # compile the update, gradients and optimizers included
+    compile: bool = False  # compile the whole update: loss, gradient and optimizer step
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
@@ -218,7 +225,11 @@ def normalize(x, mean, std):
 
 
 class Actor(nn.Module):
-    """The policy pi: Gaussian in a box, in half widths of the box; categorical otherwise."""
+    """The policy pi: Gaussian if actions are in a box, categorical otherwise.
+
+    The unit of actions is half the width of their box. The standard deviation is the same
+    everywhere.
+    """
 
     def __init__(self, args, spaces):
         super().__init__()
@@ -239,7 +250,7 @@ class Actor(nn.Module):
         return Independent(normal, 1, validate_args=False)
 
     def log_prob(self, policy, action):
-        """log pi(a|s) [...] of action [..., A] or [...] under a distribution from `forward`."""
+        """log pi(a|s) [...] of action [..., A] or [...] under what `forward` just returned."""
         if self.discrete:
             return policy.log_prob(action)
         # The Gaussian written out takes fewer operations than that of torch.distributions.
@@ -255,7 +266,7 @@ class Actor(nn.Module):
         return (torch.randn(shape) * self.log_std.detach().exp().cpu()).numpy()
 
     def to_numpy(self):
-        """The current policy in numpy, which is five times faster for a few rows.
+        """The current policy in numpy, which is five times faster than torch for a few rows.
 
         Returns a function: obs [..., O], noise [..., A] -> action [..., A], or [...] if discrete.
         With noise 0 the action is the most probable one.
@@ -314,7 +325,7 @@ class Agent(nn.Module):
         self.critic = mlp((spaces.obs_dim, *args.hidden, 1), args.activation, 1.0)
         self.returns = Normalizer(1)
         # As a tensor, the learning rate can change inside a CUDA graph.
-        learning_rate = torch.tensor(args.learning_rate)
+        learning_rate = torch.tensor(float(args.learning_rate))
         self.optimizer = Adam(self.parameters(), learning_rate, eps=1e-5)
 
     def value(self, obs):
@@ -380,7 +391,7 @@ class Agent(nn.Module):
             "loss/value": loss_v,
             "value/mean": value.mean(),
             "policy/entropy": policy.entropy().mean(),
-            # An estimate of the divergence that is never negative: mean of ratio - 1 - log ratio.
+            # The mean of ratio - 1 is 0, so this estimates mean -log ratio; it is never negative.
             "policy/kl": (ratio_minus_1 - log_ratio).mean(),
             "policy/clip_frac": clipped.float().mean(),
         }
@@ -397,7 +408,7 @@ def train(args):
     update = accelerate(agent.update, args, device)  # --compile, CUDA graphs
 
     obs = run.reset_envs()
-    discounted = np.zeros(len(envs))  # discounted sum of the rewards of an episode so far
+    discounted = np.zeros(len(envs))  # G = gamma G + r over an episode, which scales rewards
     for step in run.steps(args.num_steps * args.num_envs):
         # Collect a rollout.
         policy = agent.actor.to_numpy()
@@ -426,7 +437,7 @@ def train(args):
         # Learn from it.
         batch = agent.prepare(rollout)
         if args.anneal_lr:
-            done = (step - run.stride) / run.total
+            done = (step - run.stride) / run.total  # share of the run before this rollout
             agent.optimizer.lr.fill_(args.learning_rate * (1 - done))
         for _ in range(args.update_epochs):
             for minibatch in minibatches(batch, args):
@@ -445,6 +456,7 @@ def train(args):
             run.save()
             if run.interrupted:
                 break
+            # Start new episodes, as a resumed run does.
             obs = run.reset_envs()
             discounted = np.zeros(len(envs))
     return run.finish()
@@ -530,10 +542,12 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+    """Make an environment with flat observations [O] whose actions are scaled from [-1, 1].
 
-    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    Films its episodes if `video_folder` is given. Raises InputError for other observations, and if
+    the environment cannot be filmed.
     """
+    # Published results are on the v4 environments, which gymnasium calls out of date.
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -548,7 +562,7 @@ def make_env(args, video_folder=None):
             f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
         )
     if env.spec.max_episode_steps is None:
-        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        # Evaluations must end, so every environment has a limit. This is the one of Atari games.
         env = gym.wrappers.TimeLimit(env, 27_000)
     # Some environments write every observation into the same array, so copy it.
     env = gym.wrappers.TransformObservation(env, np.copy, None)
@@ -577,10 +591,9 @@ def make_filmed_env(env_id, video_folder):
 
 
 def action_scaler(low, high):
-    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+    """Returns a function that maps actions [..., A] from [-1, 1] to the box [low, high].
 
-    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
-    keeps its units and counts from the point nearest to 0.
+    A dimension without two finite bounds is only shifted: 0 becomes the point nearest to 0.
     """
     center = np.clip(np.zeros_like(low), low, high)
     half_width = np.ones_like(low)
@@ -589,7 +602,7 @@ def action_scaler(low, high):
     half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
 
     def scale(action):
-        # Clip: rounding can push an action outside the box.
+        # Clip: a sample of an unbounded policy can be outside the box, and rounding too.
         return (center + half_width * action).clip(low, high)
 
     return scale
@@ -667,7 +680,7 @@ NUMPY_LAYERS = {
 }
 
 
-# A resumed run may change these flags. All others must stay as they were.
+# Flags that may change on resuming, though some of them change the result. Others must not.
 MAY_CHANGE = {
     "total_timesteps",
     "device",
@@ -687,8 +700,8 @@ MAY_CHANGE = {
 class Run:
     """A run folder and its progress: stepping, logging, checkpoints.
 
-    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
-    nothing that was checkpointed.
+    One process writes a folder. A kill at any moment loses nothing that was checkpointed. Metrics
+    after the last checkpoint are dropped on resuming.
     """
 
     def __init__(self, args, envs, **parts):
@@ -698,8 +711,10 @@ class Run:
         self.parts = parts
         self.total = args.total_timesteps
         self.step = 0  # environment steps so far
-        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
-        self.first_env = 0  # the index of envs[0] among all environments
+        self.stride = (
+            args.num_envs
+        )  # environment steps per iteration; a whole rollout in some files
+        self.first_env = 0  # index of envs[0] among the environments of all processes
         self.interrupted = False
         self.last = {}  # last value of every metric
 
@@ -708,12 +723,12 @@ class Run:
         self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
             lock(self.metrics_file, self.folder)
-            self.open()
+            self.prepare()
         except BaseException:
             self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def open(self):
+    def prepare(self):
         """Check and restore what the folder holds, then prepare to evaluate and to log."""
         args = self.args
         path = self.folder / "config.json"
@@ -724,7 +739,7 @@ class Run:
             saved = json.loads(path.read_text())
             config["id"] = saved.get("id") or config["id"]
         else:
-            saved = config
+            saved = config  # a new run: nothing to compare with
         self.check_saved_config(saved, flags, path.exists())
         self.restore()
 
@@ -865,7 +880,7 @@ class Run:
         return self.last
 
     def steps(self, stride):
-        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        """Yield the step that each iteration ends at. Meanwhile Ctrl-C sets `interrupted`."""
         self.stride = stride
         on_terminal = sys.stderr.isatty()
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -887,7 +902,7 @@ class Run:
             if in_main_thread:
                 signal.signal(signal.SIGINT, old_handler)
             self.metrics_file.close()
-            for env in self.eval_envs:
+            for env in [*self.envs, *self.eval_envs]:
                 env.close()
 
     def interrupt(self, signum, frame):
@@ -948,15 +963,15 @@ class Run:
         return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        """n seeds made of (seed, step, stream). Evaluations use stream 1, training stream 0."""
         return (
             np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
         )
 
     def updates_due(self, utd, learning_starts, every=1):
-        """The numbers of the updates due in this iteration, counted from 0 over the run.
+        """The indices of the updates due in this iteration, counted from 0 over the run.
 
-        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        There are `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
         """
         before = max(0, self.step - self.stride - learning_starts)
         now = max(0, self.step - learning_starts)
@@ -982,9 +997,9 @@ class Run:
             raise FloatingPointError(
                 f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
             )
-        self.tracker(metrics, self.step)
         row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
         self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.tracker(metrics, self.step)
         self.last |= row
 
 
@@ -1295,7 +1310,7 @@ class Adam(nn.Module):
         squares = [self.get_buffer(f"square_{i}") for i in range(count)]
         gradients = [gradient.contiguous() for gradient in gradients]
         self.steps += 1
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the compiler cannot fuse the fused kernel with others
             self.step_written_out(gradients, means, squares)
             return
         torch._fused_adam_(
@@ -1318,7 +1333,7 @@ class Adam(nn.Module):
 
     def step_written_out(self, gradients, means, squares):
         """The same step in operations that a compiler can fuse."""
-        # In float32, 1 - beta**t loses its digits for small t.
+        # In float64, because in float32 1 - beta**t loses its digits for small t.
         mean_correction = 1 - self.beta1 ** self.steps.double()
         square_correction = 1 - self.beta2 ** self.steps.double()
         for parameter, gradient, mean, square in zip(
@@ -1403,8 +1418,9 @@ class CudaGraph:
 def with_onednn(update):
     """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
 
-    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
-    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    PyTorch calls oneDNN for float32 only with the setting "bf16", which allows rounding to
+    bfloat16. A processor without bfloat16 units still computes in float32, as a product below
+    checks.
     """
     matmul = torch.backends.mkldnn.matmul
     is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
@@ -1429,7 +1445,7 @@ def load_policy(run_dir, deterministic=True):
     spaces = Spaces(*saved["spaces"])
     actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    scale = np.asarray
+    scale = np.asarray  # discrete actions stay as they are
     if spaces.low is not None:
         scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
 
@@ -1476,7 +1492,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if int(os.environ.get("RANK", 0)) > 0:
-        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
+        os._exit(0)  # threads of torch.distributed sometimes abort a normal exit
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 181
             pi minimises           mean alpha log pi(a~|s) - min_i Q_i(s, a~),  a~ ~ pi(.|s)   (4)
             Q'_i moves to          Q'_i + tau (Q_i - Q'_i)                                     (5)
             log alpha minimises    mean -log alpha (log pi(a~|s) + target entropy)             (6)
-    log pi(a|s) = sum over dimensions of log N(u; mean, std) - log(1 - tanh(u)^2)              (7)
+    log pi(a|s) = sum over dimensions of [log N(u; mean, std) - log(1 - tanh(u)^2)]            (7)
 
 Usage:
     python algos/sac.py --env-id Hopper-v4
     python algos/sac.py --resume --run-dir runs/...   # continue; saved flags are the defaults
     from sac import Args, load_policy, train          # from Python
 
-After 100k steps, mean of 3 seeds: HalfCheetah-v4 6410, Hopper-v4 2890, Ant-v4 855.
+Last evaluation after 100k steps, mean of 3 seeds: HalfCheetah-v4 6410, Hopper-v4 2890, Ant-v4 855.
 
 What matters beyond the equations:
  1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
@@ -45,15 +45,16 @@ What matters beyond the equations:
     critics.
  4. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of
     gradient steps per step.
- 5. The agent acts in [-1, 1]; an environment wrapper scales actions to the real bounds. The same
-    task in other units is therefore learned the same way. Rewards and observations are used as they
-    are and should be of the order of 1.
+ 5. The agent acts in [-1, 1] and an environment wrapper scales actions to the real bounds, so the
+    units of actions make no difference. Rewards and observations are used as they are; keep them
+    near 1.
  6. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
-    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+    that was killed and resumed with the same flags therefore ends bit-identical to one that was
+    not, on a CPU. Ctrl-C adds a checkpoint, so the result differs.
 
-Metrics: loss/critic (3), loss/actor (4), loss/alpha (6); value/mean, policy/entropy and policy/std
-over the last batch; policy/alpha; episode/* for training episodes; eval/* for deterministic
-evaluation; speed/sps, environment steps per second.
+Metrics: loss/critic (3), summed over both critics; loss/actor (4), loss/alpha (6); value/mean,
+policy/entropy and policy/std over the last batch; policy/alpha; episode/* for training episodes;
+eval/* for deterministic evaluation; speed/sps, environment steps per second.
 """
 
 # Shapes: B batch, N environments, O observation, A action, K critics.
@@ -94,7 +95,7 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
-Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Natural = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
 Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
 Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
 Share = Annotated[float, Range(1e-99, 1, "above 0 and at most 1")]
@@ -105,10 +106,10 @@ Widths = Annotated[tuple[int, ...], Range(1, 10**18, "from 1 to 1e18")]
 class Args:
     """Soft Actor-Critic. A step is one step of one environment."""
 
-    learning_starts: Steps = 5_000  # steps of uniformly random actions before learning begins
+    learning_starts: Natural = 5_000  # steps of uniformly random actions before learning begins
     buffer_size: Count = 1_000_000  # transitions in the replay memory
     batch_size: Count = 256  # transitions per gradient step
-    utd: Positive = 1.0  # gradient steps per environment step
+    utd: Positive = 1.0  # update-to-data ratio: gradient steps per environment step
     gamma: Fraction = 0.99  # discount factor
     tau: Share = 0.005  # step size of the target critics
     policy_lr: Positive = 1e-3  # learning rate of the policy and of the temperature
@@ -121,19 +122,19 @@ class Args:
 
     env_id: str = "Hopper-v4"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: Steps = 1  # seed of everything random
+    seed: Natural = 1  # seed of everything random
     total_timesteps: Count = 1_000_000  # environment steps, summed over environments
     num_envs: Count = 1  # environments stepped in turn
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
     threads: Count = 2  # CPU threads of torch; use 1 where other runs share the machine
     run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # continue from the last checkpoint in --run-dir
-    eval_every: Steps = 10_000  # steps between evaluations; 0 for none
+    resume: bool = False  # continue the run in --run-dir; start it if there is none
+    eval_every: Natural = 10_000  # steps between evaluations; 0 for none
     eval_episodes: Count = 10  # episodes per evaluation
-    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    checkpoint_every: Natural = 50_000  # steps between checkpoints; 0 for one at the end
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
     capture_video: bool = False  # film one episode of every evaluation into videos/
-    compile: bool = False  # compile the update, gradients and optimizers included
+    compile: bool = False  # compile the whole update: loss, gradient and optimizer step
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
@@ -155,7 +156,7 @@ def mlp(sizes, activation, layer=nn.Linear):
 
 
 class StackedLinear(nn.Module):
-    """K linear layers as one batched product: [B, I] or [K, B, I] -> [K, B, O]."""
+    """K linear layers as one batched product: [B, in] or [K, B, in] -> [K, B, out]."""
 
     def __init__(self, k, size_in, size_out):
         super().__init__()
@@ -189,7 +190,7 @@ class Actor(nn.Module):
     def mean_and_log_std(self, obs):
         """obs [..., O] -> mean and log of the standard deviation of u, both [..., A]."""
         mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, log_std.clamp(-20, 2)
+        return mean, log_std.clamp(-20, 2)  # std from 2e-9 to 7.4
 
     @torch.no_grad()
     def act(self, obs, deterministic=True):
@@ -198,12 +199,13 @@ class Actor(nn.Module):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         u, log_std = self.mean_and_log_std(obs)
         if not deterministic:
-            u = u + log_std.exp() * torch.randn_like(u)
+            u = u + log_std.exp() * torch.randn_like(u)  # (1)
         return u.tanh().cpu().numpy()
 
 
 def log_prob(u, noise, log_std):
     """(7): all [..., A] -> [...]."""
+    # log N(u; mean, std), as noise is (u - mean) / std
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # log(1 - tanh(u)^2), in a form that stays exact where tanh(u) rounds to 1.
     log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
@@ -277,7 +279,10 @@ class Agent(nn.Module):
         return (2 * torch.rand(n, self.spaces.act_dim) - 1).numpy()
 
     def update(self, batch):
-        """One gradient step of everything; `batch` as in `train`. Returns scalar tensors to log."""
+        """One gradient step of everything; `batch` has the fields of the memory [B, ...].
+
+        Returns scalar tensors to log.
+        """
         obs = batch["obs"]
         next_obs = batch["next_obs"]
         alpha = self.log_alpha.detach().exp()
@@ -329,7 +334,7 @@ def train(args):
 
     obs = run.reset_envs()
     metrics = {}
-    for step in run.steps(args.num_envs):
+    for step in run.steps(args.num_envs):  # the step at the end of the iteration
         # Act: uniformly at random at first, then from the policy (1).
         if step <= args.learning_starts:
             action = agent.random_actions(args.num_envs)
@@ -352,6 +357,7 @@ def train(args):
             run.save()
             if run.interrupted:
                 break
+            # Start new episodes, as a resumed run does.
             obs = run.reset_envs()
             metrics = {}
     return run.finish()
@@ -437,10 +443,12 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+    """Make an environment with flat observations [O] whose actions are scaled from [-1, 1].
 
-    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    Films its episodes if `video_folder` is given. Raises InputError for other observations, and if
+    the environment cannot be filmed.
     """
+    # Published results are on the v4 environments, which gymnasium calls out of date.
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -455,7 +463,7 @@ def make_env(args, video_folder=None):
             f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
         )
     if env.spec.max_episode_steps is None:
-        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        # Evaluations must end, so every environment has a limit. This is the one of Atari games.
         env = gym.wrappers.TimeLimit(env, 27_000)
     # Some environments write every observation into the same array, so copy it.
     env = gym.wrappers.TransformObservation(env, np.copy, None)
@@ -484,10 +492,9 @@ def make_filmed_env(env_id, video_folder):
 
 
 def action_scaler(low, high):
-    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+    """Returns a function that maps actions [..., A] from [-1, 1] to the box [low, high].
 
-    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
-    keeps its units and counts from the point nearest to 0.
+    A dimension without two finite bounds is only shifted: 0 becomes the point nearest to 0.
     """
     center = np.clip(np.zeros_like(low), low, high)
     half_width = np.ones_like(low)
@@ -496,7 +503,7 @@ def action_scaler(low, high):
     half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
 
     def scale(action):
-        # Clip: rounding can push an action outside the box.
+        # Clip: a sample of an unbounded policy can be outside the box, and rounding too.
         return (center + half_width * action).clip(low, high)
 
     return scale
@@ -559,7 +566,7 @@ class Replay:
         return {name: tensor.index_select(0, index) for name, tensor in self.data.items()}
 
     def state_dict(self):
-        """The filled part of the ring."""
+        """The filled part of the ring, cloned: a slice would be saved with all of its memory."""
         rows = {name: tensor[: len(self)].clone() for name, tensor in self.data.items()}
         return {"added": self.added, "rows": rows}
 
@@ -570,7 +577,7 @@ class Replay:
             tensor[: len(self)].copy_(state["rows"][name])
 
 
-# A resumed run may change these flags. All others must stay as they were.
+# Flags that may change on resuming, though some of them change the result. Others must not.
 MAY_CHANGE = {
     "total_timesteps",
     "device",
@@ -590,8 +597,8 @@ MAY_CHANGE = {
 class Run:
     """A run folder and its progress: stepping, logging, checkpoints.
 
-    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
-    nothing that was checkpointed.
+    One process writes a folder. A kill at any moment loses nothing that was checkpointed. Metrics
+    after the last checkpoint are dropped on resuming.
     """
 
     def __init__(self, args, envs, **parts):
@@ -601,8 +608,10 @@ class Run:
         self.parts = parts
         self.total = args.total_timesteps
         self.step = 0  # environment steps so far
-        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
-        self.first_env = 0  # the index of envs[0] among all environments
+        self.stride = (
+            args.num_envs
+        )  # environment steps per iteration; a whole rollout in some files
+        self.first_env = 0  # index of envs[0] among the environments of all processes
         self.interrupted = False
         self.last = {}  # last value of every metric
 
@@ -611,12 +620,12 @@ class Run:
         self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
             lock(self.metrics_file, self.folder)
-            self.open()
+            self.prepare()
         except BaseException:
             self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def open(self):
+    def prepare(self):
         """Check and restore what the folder holds, then prepare to evaluate and to log."""
         args = self.args
         path = self.folder / "config.json"
@@ -627,7 +636,7 @@ class Run:
             saved = json.loads(path.read_text())
             config["id"] = saved.get("id") or config["id"]
         else:
-            saved = config
+            saved = config  # a new run: nothing to compare with
         self.check_saved_config(saved, flags, path.exists())
         self.restore()
 
@@ -768,7 +777,7 @@ class Run:
         return self.last
 
     def steps(self, stride):
-        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        """Yield the step that each iteration ends at. Meanwhile Ctrl-C sets `interrupted`."""
         self.stride = stride
         on_terminal = sys.stderr.isatty()
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -790,7 +799,7 @@ class Run:
             if in_main_thread:
                 signal.signal(signal.SIGINT, old_handler)
             self.metrics_file.close()
-            for env in self.eval_envs:
+            for env in [*self.envs, *self.eval_envs]:
                 env.close()
 
     def interrupt(self, signum, frame):
@@ -851,15 +860,15 @@ class Run:
         return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        """n seeds made of (seed, step, stream). Evaluations use stream 1, training stream 0."""
         return (
             np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
         )
 
     def updates_due(self, utd, learning_starts, every=1):
-        """The numbers of the updates due in this iteration, counted from 0 over the run.
+        """The indices of the updates due in this iteration, counted from 0 over the run.
 
-        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        There are `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
         """
         before = max(0, self.step - self.stride - learning_starts)
         now = max(0, self.step - learning_starts)
@@ -885,9 +894,9 @@ class Run:
             raise FloatingPointError(
                 f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
             )
-        self.tracker(metrics, self.step)
         row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
         self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.tracker(metrics, self.step)
         self.last |= row
 
 
@@ -1025,7 +1034,7 @@ class Adam(nn.Module):
         squares = [self.get_buffer(f"square_{i}") for i in range(count)]
         gradients = [gradient.contiguous() for gradient in gradients]
         self.steps += 1
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the compiler cannot fuse the fused kernel with others
             self.step_written_out(gradients, means, squares)
             return
         torch._fused_adam_(
@@ -1048,7 +1057,7 @@ class Adam(nn.Module):
 
     def step_written_out(self, gradients, means, squares):
         """The same step in operations that a compiler can fuse."""
-        # In float32, 1 - beta**t loses its digits for small t.
+        # In float64, because in float32 1 - beta**t loses its digits for small t.
         mean_correction = 1 - self.beta1 ** self.steps.double()
         square_correction = 1 - self.beta2 ** self.steps.double()
         for parameter, gradient, mean, square in zip(
@@ -1133,8 +1142,9 @@ class CudaGraph:
 def with_onednn(update):
     """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
 
-    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
-    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    PyTorch calls oneDNN for float32 only with the setting "bf16", which allows rounding to
+    bfloat16. A processor without bfloat16 units still computes in float32, as a product below
+    checks.
     """
     matmul = torch.backends.mkldnn.matmul
     is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
@@ -1159,7 +1169,7 @@ def load_policy(run_dir, deterministic=True):
     spaces = Spaces(*saved["spaces"])
     actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    scale = np.asarray
+    scale = np.asarray  # discrete actions stay as they are
     if spaces.low is not None:
         scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
 
@@ -1206,7 +1216,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if int(os.environ.get("RANK", 0)) > 0:
-        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
+        os._exit(0)  # threads of torch.distributed sometimes abort a normal exit
 
 
 if __name__ == "__main__":

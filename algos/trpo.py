@@ -12,8 +12,8 @@
 """Trust Region Policy Optimization (TRPO): the best step of the policy within a bounded divergence.
 
 A small step of the parameters can change the policy a lot, or not at all. TRPO measures a step by
-the mean KL divergence between the old and the new policy. It takes the best step of a given
-divergence, and shortens it until the true divergence and the true gain are as predicted.
+the mean KL divergence between the old and the new policy. It predicts the best step of a given
+divergence, and shortens it until the measured divergence is within the limit and L has grown.
 
 Schulman et al. 2015, "Trust Region Policy Optimization", arXiv 1502.05477
 Kakade 2001, "A Natural Policy Gradient": with --natural-gradient, the step without the search (8)
@@ -22,27 +22,29 @@ Estimation", arXiv 1506.02438
 
     Policy pi with parameters theta, value function V.
     For each rollout of `num_steps` steps in every environment:
-        Act with a ~ pi(.|s) and store (s, a, r, d, e, s'); d is 1 only where the episode
-        terminated, e is 1 where it ended.
+        Act with a ~ pi(.|s) and store (s, a, r, d, e, s'); d = 1 if the episode terminated,
+        e = 1 if it terminated or reached a time limit.
         delta_t = r_t + gamma (1 - d_t) V(s'_t) - V(s_t)                                         (1)
-        A_t = delta_t + gamma gae_lambda (1 - e_t) A_t+1,   R_t = A_t + V(s_t)                   (2)
-        Once, on the whole rollout:
-            L = mean pi(a|s) / pi_old(a|s) A,   g = gradient of L                                (3)
+        A_t = delta_t + gamma gae_lambda (1 - e_t) A_{t+1},   R_t = A_t + V(s_t)                 (2)
+        L = mean((pi(a|s) / pi_old(a|s)) A),   g = gradient of L at pi_old                       (3)
+        L_V = mean((V(s) - R)^2) / 2                                                             (4)
+        pi takes one step on L of the whole rollout:
             F v = gradient of (gradient of mean KL(pi_old, pi)) . v, plus damping v              (5)
             x solves F x = g, by `cg_iters` iterations of conjugate gradients                    (6)
             step = sqrt(2 target_kl / (x . F x)) x                                               (7)
-            theta moves by 0.8^j step, with the first j below `search_steps` for which
-            KL <= target_kl and L grows                                                          (8)
-        Repeat `update_epochs` times, on each of `num_minibatches` random parts of the rollout:
-            V minimises            mean 1/2 (V(s) - R)^2                                         (4)
+            theta moves by 0.8^j step, with the first j < `search_steps` for which
+            KL <= target_kl and L grows; if there is none, theta stays                           (8)
+        V takes one Adam step on L_V of each of `num_minibatches` random parts of the rollout, and
+        this `update_epochs` times.
 
 Usage:
     python algos/trpo.py --env-id Hopper-v4
     python algos/trpo.py --resume --run-dir runs/...  # continue; saved flags are the defaults
-    torchrun --nproc-per-node 4 algos/trpo.py --num-envs 8  # share the environments among processes
+    torchrun --nproc-per-node 4 algos/trpo.py --num-envs 4  # share the environments among processes
     from trpo import Args, load_policy, train         # from Python
 
-After 1M steps, mean of 3 seeds: HalfCheetah-v4 5237, Hopper-v4 2918, Walker2d-v4 4345.
+Last evaluation after 1M steps, mean of 3 seeds: HalfCheetah-v4 5237, Hopper-v4 2918,
+Walker2d-v4 4345.
 
 What matters beyond the equations:
  1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
@@ -54,14 +56,17 @@ What matters beyond the equations:
     rollouts. Evaluation changes none.
  4. A minibatch holds equally many steps of every environment, so processes can share it.
  5. The last layer of the policy starts at a hundredth of the usual size. The standard deviation of
-    actions in a box starts at 0.6 half widths of the box.
- 6. The policy learns before the value function. A value function that had seen the rollout would
-    explain its advantages away.
- 7. (5) differentiates the divergence itself twice. It needs neither sampled gradients nor a matrix.
- 8. A step is one step of one environment, summed over all processes. The total is rounded up to
-    whole rollouts.
+    actions in a box starts at 0.6 half widths of the box. The environment receives actions clipped
+    to the box; pi(a|s) is that of the action before clipping.
+ 6. A is computed before V learns from the rollout. A value function fitted to it would make A
+    nearly 0.
+ 7. F is the Hessian of the divergence, so F v takes two gradients and F is never formed. F includes
+    the damping, so the full step stays a little inside target_kl.
+ 8. Steps are counted over all environments of all processes. The total is rounded up to whole
+    rollouts.
  9. Every checkpoint starts new episodes from seeds derived from (seed, step), in every run. A run
-    that was killed and resumed therefore ends bit-identical to one that was not, on a CPU.
+    that was killed and resumed with the same flags therefore ends bit-identical to one that was
+    not, on a CPU. Ctrl-C adds a checkpoint, so the result differs.
 
 Metrics: loss/policy, -L after the step; policy/entropy before it; policy/kl, from the old to the
 new policy; policy/step, the 0.8^j of (8), or 0 if no j was accepted; loss/value (4) and value/mean
@@ -110,7 +115,7 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1, 10**18, "from 1 to 1e18")]
-Steps = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
+Natural = Annotated[int, Range(0, 10**18, "from 0 to 1e18")]
 Positive = Annotated[float, Range(1e-99, 1e18, "above 0 and at most 1e18")]
 NonNegative = Annotated[float, Range(0, 1e18, "from 0 to 1e18")]
 Fraction = Annotated[float, Range(0, 1, "from 0 to 1")]
@@ -123,15 +128,15 @@ class Args:
 
     num_steps: Count = 1024  # steps of each environment in a rollout
     update_epochs: Count = 10  # passes of the value function over a rollout
-    num_minibatches: Count = 16  # minibatches per pass
-    target_kl: Positive = 0.01  # mean KL divergence of a step of the policy, in nats
+    num_minibatches: Count = 16  # minibatches per pass; must divide num_steps
+    target_kl: Positive = 0.01  # bound on the mean KL divergence of a policy step, in nats
     cg_iters: Count = 10  # iterations of conjugate gradients
     damping: NonNegative = 0.1  # multiple of the identity added to the Fisher matrix
     search_steps: Count = 10  # lengths of the step that are tried
     natural_gradient: bool = False  # take the full step, without the search
     vf_lr: Positive = 1e-3  # learning rate of the value function
     gamma: Fraction = 0.99  # discount factor
-    gae_lambda: Fraction = 0.95  # weight of later steps in the advantage
+    gae_lambda: Fraction = 0.95  # lambda of (2): 0 is one-step TD, 1 is the whole return
     norm_adv: bool = True  # normalise the advantages of a rollout
     norm_obs: bool = True  # normalise observations with running statistics
     norm_reward: bool = True  # divide rewards by the running deviation of their discounted sum
@@ -140,19 +145,19 @@ class Args:
 
     env_id: str = "Hopper-v4"  # gymnasium id; module:Name-v0 imports the module first
     exp_name: str = ALGO  # part of the run folder's name
-    seed: Steps = 1  # seed of everything random
+    seed: Natural = 1  # seed of everything random
     total_timesteps: Count = 1_000_000  # environment steps, summed over environments
     num_envs: Count = 1  # environments stepped in turn
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes cuda where there is one
     threads: Count = 1  # CPU threads of torch; use 1 where other runs share the machine
     run_dir: str | None = None  # run folder; default: runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # continue from the last checkpoint in --run-dir
-    eval_every: Steps = 50_000  # steps between evaluations; 0 for none
+    resume: bool = False  # continue the run in --run-dir; start it if there is none
+    eval_every: Natural = 50_000  # steps between evaluations; 0 for none
     eval_episodes: Count = 10  # episodes per evaluation
-    checkpoint_every: Steps = 50_000  # steps between checkpoints; 0 for one at the end
+    checkpoint_every: Natural = 50_000  # steps between checkpoints; 0 for one at the end
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # mirror metrics.jsonl there
     capture_video: bool = False  # film one episode of every evaluation into videos/
-    compile: bool = False  # compile the update, gradients and optimizers included
+    compile: bool = False  # compile the whole update: loss, gradient and optimizer step
     cuda_graph: bool = True  # on CUDA, capture the update as a graph
 
 
@@ -223,7 +228,11 @@ def normalize(x, mean, std):
 
 
 class Actor(nn.Module):
-    """The policy pi: Gaussian in a box, in half widths of the box; categorical otherwise."""
+    """The policy pi: Gaussian if actions are in a box, categorical otherwise.
+
+    The unit of actions is half the width of their box. The standard deviation is the same
+    everywhere.
+    """
 
     def __init__(self, args, spaces):
         super().__init__()
@@ -244,7 +253,7 @@ class Actor(nn.Module):
         return Independent(normal, 1, validate_args=False)
 
     def log_prob(self, policy, action):
-        """log pi(a|s) [...] of action [..., A] or [...] under a distribution from `forward`."""
+        """log pi(a|s) [...] of action [..., A] or [...] under what `forward` just returned."""
         if self.discrete:
             return policy.log_prob(action)
         # The Gaussian written out takes fewer operations than that of torch.distributions.
@@ -260,7 +269,7 @@ class Actor(nn.Module):
         return (torch.randn(shape) * self.log_std.detach().exp().cpu()).numpy()
 
     def to_numpy(self):
-        """The current policy in numpy, which is five times faster for a few rows.
+        """The current policy in numpy, which is five times faster than torch for a few rows.
 
         Returns a function: obs [..., O], noise [..., A] -> action [..., A], or [...] if discrete.
         With noise 0 the action is the most probable one.
@@ -309,7 +318,7 @@ def flat_gradient(y, parameters, **options):
 
 
 def fisher_product(kl, parameters, damping):
-    """(5): the mean KL divergence, taken at the old policy -> a function of v [P], F v [P]."""
+    """(5): the mean KL divergence at the old policy -> the function v [P] -> F v [P]."""
     slope = flat_gradient(kl, parameters, create_graph=True)
 
     def product(v):
@@ -321,7 +330,7 @@ def fisher_product(kl, parameters, damping):
 
 
 def conjugate_gradient(product, b, iterations):
-    """(6): x [P] with product(x) = b [P]; product is linear, symmetric and positive."""
+    """(6): solves product(x) = b [P] approximately; product is linear, symmetric, positive."""
     x = torch.zeros_like(b)
     residual = b
     direction = b
@@ -409,13 +418,14 @@ class Agent(nn.Module):
 
         old_gain = mean_over_ranks(gain.detach())
         theta = nn.utils.parameters_to_vector(parameters).detach()
-        scales = [0.8**j for j in range(args.search_steps)] + [0.0]
-        for scale in scales:  # (8)
+        scales = [0.8**j for j in range(args.search_steps)]
+        for scale in [*scales, 0.0]:  # (8)
             with torch.no_grad():
-                moved = unflatten(theta + scale * step, parameters)
-                for parameter, value in zip(parameters, moved, strict=True):
-                    # In place: the rounding of sums depends on where the numbers are in memory.
-                    parameter.copy_(value)
+                moved = theta + scale * step if scale else theta
+                for parameter, new in zip(parameters, unflatten(moved, parameters), strict=True):
+                    # In place: new memory can be aligned differently, which changes rounding, and
+                    # a resumed run would not be bit-identical.
+                    parameter.copy_(new)
                 gain, kl = mean_over_ranks(gain_and_kl())
             if args.natural_gradient or (gain > old_gain and kl <= args.target_kl):
                 break
@@ -444,7 +454,7 @@ def train(args):
     update = accelerate(agent.update, args, device)  # --compile, CUDA graphs
 
     obs = run.reset_envs()
-    discounted = np.zeros(len(envs))  # discounted sum of the rewards of an episode so far
+    discounted = np.zeros(len(envs))  # G = gamma G + r over an episode, which scales rewards
     for _ in run.steps(args.num_steps * args.num_envs):
         # Collect a rollout.
         policy = agent.actor.to_numpy()
@@ -488,6 +498,7 @@ def train(args):
             run.save()
             if run.interrupted:
                 break
+            # Start new episodes, as a resumed run does.
             obs = run.reset_envs()
             discounted = np.zeros(len(envs))
     return run.finish()
@@ -573,10 +584,12 @@ def find_device(name):
 
 
 def make_env(args, video_folder=None):
-    """Make an environment with flat observations [O] and actions [A] in half widths of their box.
+    """Make an environment with flat observations [O] whose actions are scaled from [-1, 1].
 
-    Films its episodes if `video_folder` is given. Raises InputError if it cannot.
+    Films its episodes if `video_folder` is given. Raises InputError for other observations, and if
+    the environment cannot be filmed.
     """
+    # Published results are on the v4 environments, which gymnasium calls out of date.
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # module:Name-v0 may name a module in the current folder
@@ -591,7 +604,7 @@ def make_env(args, video_folder=None):
             f"{args.env_id} observes {space}: wrap it to observe a Box of one dimension"
         )
     if env.spec.max_episode_steps is None:
-        # An evaluation must end. 27,000 steps is the limit used for Atari games.
+        # Evaluations must end, so every environment has a limit. This is the one of Atari games.
         env = gym.wrappers.TimeLimit(env, 27_000)
     # Some environments write every observation into the same array, so copy it.
     env = gym.wrappers.TransformObservation(env, np.copy, None)
@@ -620,10 +633,9 @@ def make_filmed_env(env_id, video_folder):
 
 
 def action_scaler(low, high):
-    """Returns a function that scales actions [..., A] from half widths of a box to its units.
+    """Returns a function that maps actions [..., A] from [-1, 1] to the box [low, high].
 
-    Half widths count from the center, so [-1, 1] is the box. A dimension without two finite bounds
-    keeps its units and counts from the point nearest to 0.
+    A dimension without two finite bounds is only shifted: 0 becomes the point nearest to 0.
     """
     center = np.clip(np.zeros_like(low), low, high)
     half_width = np.ones_like(low)
@@ -632,7 +644,7 @@ def action_scaler(low, high):
     half_width[bounded] = high[bounded] / 2 - low[bounded] / 2
 
     def scale(action):
-        # Clip: rounding can push an action outside the box.
+        # Clip: a sample of an unbounded policy can be outside the box, and rounding too.
         return (center + half_width * action).clip(low, high)
 
     return scale
@@ -710,7 +722,7 @@ NUMPY_LAYERS = {
 }
 
 
-# A resumed run may change these flags. All others must stay as they were.
+# Flags that may change on resuming, though some of them change the result. Others must not.
 MAY_CHANGE = {
     "total_timesteps",
     "device",
@@ -730,8 +742,8 @@ MAY_CHANGE = {
 class Run:
     """A run folder and its progress: stepping, logging, checkpoints.
 
-    One process writes a folder. metrics.jsonl is the source of truth. A kill at any moment loses
-    nothing that was checkpointed.
+    One process writes a folder. A kill at any moment loses nothing that was checkpointed. Metrics
+    after the last checkpoint are dropped on resuming.
     """
 
     def __init__(self, args, envs, **parts):
@@ -741,8 +753,10 @@ class Run:
         self.parts = parts
         self.total = args.total_timesteps
         self.step = 0  # environment steps so far
-        self.stride = args.num_envs  # environment steps per iteration of the loop in `train`
-        self.first_env = 0  # the index of envs[0] among all environments
+        self.stride = (
+            args.num_envs
+        )  # environment steps per iteration; a whole rollout in some files
+        self.first_env = 0  # index of envs[0] among the environments of all processes
         self.interrupted = False
         self.last = {}  # last value of every metric
 
@@ -751,12 +765,12 @@ class Run:
         self.metrics_file = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         try:
             lock(self.metrics_file, self.folder)
-            self.open()
+            self.prepare()
         except BaseException:
             self.metrics_file.close()  # releases the lock, even if a notebook keeps this object
             raise
 
-    def open(self):
+    def prepare(self):
         """Check and restore what the folder holds, then prepare to evaluate and to log."""
         args = self.args
         path = self.folder / "config.json"
@@ -767,7 +781,7 @@ class Run:
             saved = json.loads(path.read_text())
             config["id"] = saved.get("id") or config["id"]
         else:
-            saved = config
+            saved = config  # a new run: nothing to compare with
         self.check_saved_config(saved, flags, path.exists())
         self.restore()
 
@@ -908,7 +922,7 @@ class Run:
         return self.last
 
     def steps(self, stride):
-        """Yield the step that each iteration reaches. Ctrl-C ends the loop in `train`."""
+        """Yield the step that each iteration ends at. Meanwhile Ctrl-C sets `interrupted`."""
         self.stride = stride
         on_terminal = sys.stderr.isatty()
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -930,7 +944,7 @@ class Run:
             if in_main_thread:
                 signal.signal(signal.SIGINT, old_handler)
             self.metrics_file.close()
-            for env in self.eval_envs:
+            for env in [*self.envs, *self.eval_envs]:
                 env.close()
 
     def interrupt(self, signum, frame):
@@ -991,15 +1005,15 @@ class Run:
         return values
 
     def seeds(self, n, stream=0):
-        """n seeds made of (seed, step, stream). Sums of the three would collide between runs."""
+        """n seeds made of (seed, step, stream). Evaluations use stream 1, training stream 0."""
         return (
             np.random.SeedSequence([self.args.seed, self.step, stream]).generate_state(n).tolist()
         )
 
     def updates_due(self, utd, learning_starts, every=1):
-        """The numbers of the updates due in this iteration, counted from 0 over the run.
+        """The indices of the updates due in this iteration, counted from 0 over the run.
 
-        `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
+        There are `utd` updates per step, or one every `every` steps, after `learning_starts` steps.
         """
         before = max(0, self.step - self.stride - learning_starts)
         now = max(0, self.step - learning_starts)
@@ -1025,9 +1039,9 @@ class Run:
             raise FloatingPointError(
                 f"{', '.join(bad)} not finite at step {self.step}: lower the learning rate"
             )
-        self.tracker(metrics, self.step)
         row = {"step": self.step, "wall": round(time.monotonic() - self.start_time, 3)} | metrics
         self.metrics_file.write(json.dumps(row).encode() + b"\n")
+        self.tracker(metrics, self.step)
         self.last |= row
 
 
@@ -1338,7 +1352,7 @@ class Adam(nn.Module):
         squares = [self.get_buffer(f"square_{i}") for i in range(count)]
         gradients = [gradient.contiguous() for gradient in gradients]
         self.steps += 1
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the compiler cannot fuse the fused kernel with others
             self.step_written_out(gradients, means, squares)
             return
         torch._fused_adam_(
@@ -1361,7 +1375,7 @@ class Adam(nn.Module):
 
     def step_written_out(self, gradients, means, squares):
         """The same step in operations that a compiler can fuse."""
-        # In float32, 1 - beta**t loses its digits for small t.
+        # In float64, because in float32 1 - beta**t loses its digits for small t.
         mean_correction = 1 - self.beta1 ** self.steps.double()
         square_correction = 1 - self.beta2 ** self.steps.double()
         for parameter, gradient, mean, square in zip(
@@ -1446,8 +1460,9 @@ class CudaGraph:
 def with_onednn(update):
     """`update` with its matrix products by oneDNN, if this is an AMD processor, where MKL is slow.
 
-    PyTorch uses oneDNN for float32 only where rounding to bfloat16 is allowed. A processor without
-    bfloat16 units does not round, so the products stay exact; a product below tests for that.
+    PyTorch calls oneDNN for float32 only with the setting "bf16", which allows rounding to
+    bfloat16. A processor without bfloat16 units still computes in float32, as a product below
+    checks.
     """
     matmul = torch.backends.mkldnn.matmul
     is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
@@ -1472,7 +1487,7 @@ def load_policy(run_dir, deterministic=True):
     spaces = Spaces(*saved["spaces"])
     actor = Agent(Args(**saved["args"]), spaces).actor
     actor.load_state_dict(saved["actor"])
-    scale = np.asarray
+    scale = np.asarray  # discrete actions stay as they are
     if spaces.low is not None:
         scale = action_scaler(np.float32(spaces.low), np.float32(spaces.high))
 
@@ -1519,7 +1534,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if int(os.environ.get("RANK", 0)) > 0:
-        os._exit(0)  # the normal end of a process sometimes aborts in a thread of gloo
+        os._exit(0)  # threads of torch.distributed sometimes abort a normal exit
 
 
 if __name__ == "__main__":

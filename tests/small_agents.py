@@ -1,5 +1,7 @@
 """Small agents, batches and runs for the tests of one algorithm."""
 
+import copy
+
 import pytest
 import torch
 
@@ -87,3 +89,18 @@ def transitions(batch):
     for values in zip(*batch.values(), strict=True):
         rows.append(dict(zip(batch, values, strict=True)))
     return rows
+
+
+class PolicyStep:
+    """One step of the policy of VPG or TRPO on random data, and the policy before it."""
+
+    def __init__(self, module, box, dtype=torch.float32, **flags):
+        torch.manual_seed(0)
+        self.agent = rollout_agent(module, box, **flags).to(dtype)
+        obs = torch.randn(64, 4)
+        action = torch.randn(64, 2) if box else torch.randint(3, (64,))
+        advantage, target = torch.randn(64, 2).T
+        batch = {"obs": obs, "action": action, "advantage": advantage, "target": target}
+        self.batch = {name: tensor.to(dtype) for name, tensor in batch.items()}
+        self.old_actor = copy.deepcopy(self.agent.actor)
+        self.metrics = self.agent.update_policy(self.batch)

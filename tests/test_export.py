@@ -47,8 +47,8 @@ def train(case, run_dir):
     """Train for a few steps; returns the module of the algorithm and the content of policy.pt."""
     path, flags = CASES[case]
     algo = load_algo(path)
-    _, _, *flags = command(path, *flags, "--eval-every", 0, "--run-dir", run_dir)
-    algo.train(tyro.cli(algo.Args, args=flags))
+    line = command(path, *flags, "--eval-every", 0, "--run-dir", run_dir)
+    algo.train(tyro.cli(algo.Args, args=line[2:]))
     return algo, torch.load(run_dir / "policy.pt", weights_only=True)
 
 
