@@ -131,9 +131,7 @@ class Args:
     ent_coef: NonNegative = 0.0  # weight of the entropy
     vf_coef: NonNegative = 0.5  # weight of the value loss
     max_grad_norm: Positive = 0.5  # norm to which gradients are clipped
-    target_kl: Positive | None = (
-        None  # stop the passes over a rollout when the mean KL exceeds this
-    )
+    target_kl: Positive | None = None  # stop the passes once the mean KL exceeds this
     norm_obs: bool = True  # normalise observations with running statistics
     norm_reward: bool = True  # divide rewards by the running deviation of their discounted sum
     hidden: Widths = (64, 64)  # widths of the hidden layers

@@ -1,16 +1,16 @@
 """Keep the plumbing of algos/*.py identical: a block is the same text in every file that has it.
 
-    python scripts/blocks.py --check                 report what differs; exit status 1 if anything does
-    python scripts/blocks.py --write algos/sac.py    copy the blocks of that file into the other files
+    python scripts/blocks.py --check                 report what differs; exit status 1 if any does
+    python scripts/blocks.py --write algos/sac.py    copy the blocks of that file into the others
 
-The plumbing is everything between the banner line and the line `if __name__ == "__main__":`. A block is
-a function, a class or an assignment at the top level of the plumbing, together with its decorators and
-the comments directly above it. Blocks are compared byte by byte. A file need not have every block, and
---write neither adds nor removes blocks.
+The plumbing is everything between the banner line and the line `if __name__ == "__main__":`. A
+block is a function, a class or an assignment at the top level of the plumbing, together with its
+decorators and the comments directly above it. Blocks are compared byte by byte. A file need not
+have every block, and --write neither adds nor removes blocks.
 
---check reports three more things: a line of the plumbing that belongs to no block, because nothing would
-compare it; a name that is defined above the banner in one file and below it in another; and the number of
-lines above the banner, which is what a reader of the algorithm reads.
+--check reports three more things: a line of the plumbing that belongs to no block, because nothing
+would compare it; a name that is defined above the banner in one file and below it in another; and
+the number of lines above the banner, which is what a reader of the algorithm reads.
 """
 
 import ast

@@ -40,7 +40,7 @@ class Trained:
         self.agent.load_state_dict(self.state["agent"])
 
     def value(self, *obs):
-        """The critic's value of `obs`, of the greedy action if it needs one; mean of its K heads."""
+        """The critic's value of `obs` and, if it needs one, the greedy action; mean of K heads."""
         obs = torch.tensor([obs], dtype=torch.float32)
         if self.record.family == "rollout":
             return self.agent.value(obs).item()  # probes are learned with norm_obs=False
@@ -153,7 +153,7 @@ def test_with_scale_values_the_size_of_rewards_makes_no_difference_to_dqn(tmp_pa
 
 @pytest.mark.parametrize("path", ROLLOUT_PATHS, ids=path_id)
 def test_rewards_far_from_zero(path, tmp_path):
-    """Rewards differ by a thousandth of their size, so a bound on them would erase the difference."""
+    """Rewards differ by a thousandth of their size, so a bound on them would hide that."""
     run = Trained(path, tmp_path, "Offset", gamma=0.9, norm_reward=True)
     assert run.policy(np.array([0.0, 1.0]))[0] == pytest.approx(0.5, abs=0.1)
 

@@ -291,6 +291,14 @@ def test_flags_out_of_range_are_errors(run_dir):
     )
 
 
+def test_an_algorithm_that_does_not_exist_is_an_error(tmp_path):
+    """The error names the algorithms that exist."""
+    with pytest.raises(ValueError, match=r"there is no .*nonesuch\.py: give one of .*ppo, sac"):
+        load_algo("nonesuch")
+    with pytest.raises(ValueError, match=r"there is no .*missing\.py: .* or the path of a file"):
+        load_algo(tmp_path / "missing.py")
+
+
 def test_a_damaged_policy_is_an_error(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run" / "policy.pt").write_bytes(b"torn")
