@@ -14,9 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from algos import ALGOS
 from common import load_algo
 from conftest import PATHS, ROOT
+
+from algos import ALGOS
 
 CURVES = ROOT / "tests" / "curves.json"
 CASES = json.loads(CURVES.read_text())
