@@ -341,9 +341,9 @@ def train(args):
         # Learn every `train_frequency` steps; move the target every `target_network_frequency`.
         for _ in run.updates_due(1, args.learning_starts, args.train_frequency):
             metrics = update(memory.sample(args.batch_size))
+            greedy = agent.critic.to_numpy()
         for _ in run.updates_due(1, args.learning_starts, args.target_network_frequency):
             polyak_update(agent.target, agent.critic, args.tau)  # (5)
-        greedy = agent.critic.to_numpy()
 
         # Log, evaluate, checkpoint.
         if run.due(1000):
