@@ -40,7 +40,7 @@ Usage:
     python algos/dqn.py --resume --run-dir runs/...   # continue; saved flags are the defaults
     from dqn import Args, load_policy, train          # from Python
 
-@RESULTS@
+CartPole-v1 within 60k steps, 10 seeds: the best evaluation is 500 in each, the mean of the last 333.
 
 What matters beyond the equations:
  1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
@@ -121,8 +121,8 @@ class Args:
     train_frequency: Count = 2  # environment steps per gradient step
     gamma: Fraction = 0.99  # discount factor
     tau: Share = 1.0  # step size of the target; 1 copies the network
-    target_network_frequency: Count = 500  # environment steps between moves of the target
-    learning_rate: Positive = 5e-4  # learning rate
+    target_network_frequency: Count = 250  # environment steps between moves of the target
+    learning_rate: Positive = 1e-3  # learning rate
     start_e: Fraction = 1.0  # probability of a random action at step 0
     end_e: Fraction = 0.05  # probability of a random action after its decrease
     exploration_fraction: Fraction = 0.1  # share of the run during which the probability decreases
