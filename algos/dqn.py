@@ -40,7 +40,7 @@ Usage:
     python algos/dqn.py --resume --run-dir runs/...   # continue; saved flags are the defaults
     from dqn import Args, load_policy, train          # from Python
 
-CartPole-v1 within 60k steps, 10 seeds: the best evaluation is 500 in each, the mean of the last 333.
+CartPole-v1 within 60k steps, 10 seeds: best evaluation 500 in each, mean of the last ones 333.
 
 What matters beyond the equations:
  1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
