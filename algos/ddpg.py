@@ -12,8 +12,8 @@
 """Deep Deterministic Policy Gradient (DDPG): Q-learning for continuous actions.
 
 Q-learning takes the maximum over all actions, which cannot be enumerated if they are continuous.
-DDPG trains a policy to find it, by following the gradient of the critic. Any transition can be
-learned from, so all of them are kept and reused.
+DDPG trains a policy to output the best action, by following the gradient of the critic. It can
+learn from any transition, so the last `buffer_size` of them are kept and reused.
 
 Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971
 
@@ -33,14 +33,14 @@ Usage:
     python algos/ddpg.py --resume --run-dir runs/...  # continue; saved flags are the defaults
     from ddpg import Args, load_policy, train         # from Python
 
-After 100k steps, mean of 3 seeds: HalfCheetah-v4 4144, Hopper-v4 380.
+Last evaluation after 100k steps, mean of 3 seeds: HalfCheetah-v4 4144, Hopper-v4 380.
 After 20k steps, mean of 10 seeds: Pendulum-v1 -153.
 
 What matters beyond the equations:
  1. A time limit is not a termination: d stays 0, and s' is the true last observation of the
     episode, not the first observation of the next one.
- 2. The noise is white and Gaussian. The correlated noise of the paper has no benefit on today's
-    tasks.
+ 2. The noise is uncorrelated and Gaussian. The authors of TD3 found no benefit in the correlated
+    noise of the paper.
  3. `descend` computes gradients for one optimizer's parameters only, so (4) does not train the
     critic.
  4. A step is one step of one environment. `num_envs` changes neither the x-axis nor the number of

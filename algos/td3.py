@@ -36,7 +36,7 @@ Usage:
     python algos/td3.py --resume --run-dir runs/...   # continue; saved flags are the defaults
     from td3 import Args, load_policy, train          # from Python
 
-After 100k steps, mean of 3 seeds: HalfCheetah-v4 4803, Hopper-v4 911.
+Last evaluation after 100k steps, mean of 3 seeds: HalfCheetah-v4 4803, Hopper-v4 911.
 After 20k steps, mean of 10 seeds: Pendulum-v1 -155.
 
 What matters beyond the equations:

@@ -397,7 +397,7 @@ def test_checkpoints_that_cut_every_episode_are_warned_about(path, tmp_path):
 
 @one_of_each_family
 def test_a_run_too_short_to_learn_from_is_warned_about(path, tmp_path):
-    for steps in (200, 201):  # of which 200 are random where there is a memory
+    for steps in (200, 201):  # small runs of replay files start to learn after 200 steps
         process = run(path, "--total-timesteps", steps, "--run-dir", tmp_path / str(steps))
         warned = steps == 200 and path.stem == "sac"
         assert process.returncode == 0 and ("nothing is learned" in process.stderr) == warned, (
