@@ -75,7 +75,7 @@ def test_one_changed_word_is_found_and_repaired(tmp_path):
     sac = (ROOT / "algos" / "sac.py").read_bytes()
     # sac.py has no block load__policy, so --write must keep it.
     td3 = sac.replace(b"def load_policy", b"def load__policy")
-    ddpg = td3.replace(b"An evaluation must end", b"An evaluation MUST end")
+    ddpg = td3.replace(b"Evaluations must end", b"Evaluations MUST end")
     assert len({sac, td3, ddpg}) == 3
     write_files(tmp_path, sac=sac, td3=td3, ddpg=ddpg)
     status, output = run_script("--check", "--root", tmp_path)
